@@ -1,0 +1,1957 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["bottle>=0.13.2", "waitress>=3.0.1", "filelock>=3.20", "msgspec>=0.19"]
+# ///
+"""kirosync: one queue and one shared memory for an IDE, an agent and a human.
+
+The directory is the database. Each conversation, document and command is one JSON file:
+
+    state/conversations/NAME.json   {"id", "revision", "revisions", "messages": [...]}
+    state/documents/NAME.json       {"id", "revision", "path", "content", "timestamp", ...}
+    state/commands/NAME.json        {"id", "revision", "type", "status", ...}
+    state/deleted/KIND/NAME.json    tombstones: the last version, and what may not come back
+    state/history/KIND/NAME/        what a merge replaced
+    state/quarantine/               files that could not be read, each with its reason
+    state/journal.jsonl             a line a change: revision, at, lastUpdate, kind, id, op, crc
+    state/.lock                     held by whoever is changing something
+
+NAME is the id, with every byte outside A-Z a-z 0-9 . _ - percent-encoded, and a leading dot too.
+
+A change is written aside and synced, entered in the journal and synced, then renamed into place.
+The journal is the point of no return: before it nothing has happened, after it whoever next takes
+the lock completes the renames. So a reader never sees half a record, what was acknowledged is
+durable, and every change has a number, the revision, that grows by one over the whole directory.
+
+The sections, each of which uses only what stands above it, and the one rule of each:
+
+    Errors    what is refused, and the status that says so
+    Limits    every number with its unit and reason
+    Rules     what may become what; no disk, no network, no clock, no randomness
+    Store     the only code that touches the state directory
+    Service   the only code that knows HTTP
+    Main      the only code that knows argv and the environment
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import datetime
+import errno
+import gzip
+import hashlib
+import hmac
+import html
+import inspect
+import itertools
+import logging
+import os
+import re
+import secrets
+import select
+import signal
+import stat
+import struct
+import sys
+import threading
+import time
+import urllib.parse
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, NamedTuple, Required, TypedDict, TypeVar, get_args
+
+import bottle
+import filelock
+import msgspec
+import waitress.channel
+import waitress.server
+import waitress.task
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("kirosync")
+Record = dict[str, Any]
+T = TypeVar("T")
+
+
+# ---------------------------------------------------------------------------------------- Errors
+# What is refused, and the status that says so. A refusal is one sentence for the person who
+# reads it, and details for the program.
+
+
+class Refusal(Exception):
+    """The base of everything that is refused; ``body()`` is what the caller is sent."""
+
+    status = 400
+
+    def __init__(self, sentence: str, **details: Any) -> None:
+        super().__init__(sentence)
+        self.details = details
+
+    def body(self) -> Record:
+        return {"error": str(self), **self.details}
+
+
+class Malformed(Refusal):
+    """A value is not what it must be; ``field`` names it."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}" if field else problem, field=field)
+
+
+class Unauthorized(Refusal):
+    status = 401
+
+    def __init__(self) -> None:
+        super().__init__("Unauthorized", message="Valid API key required")
+
+
+class NotFound(Refusal):
+    status = 404
+
+
+class NotAllowed(Refusal):
+    status = 405
+
+
+class Conflict(Refusal):
+    status = 409
+
+
+class TooLarge(Refusal):
+    status = 413
+
+
+class NotJson(Refusal):
+    status = 415
+
+
+class Broken(Refusal):
+    status = 500
+
+
+class Busy(Refusal):
+    status = 503
+
+
+class Full(Refusal):
+    status = 507
+
+
+# ---------------------------------------------------------------------------------------- Limits
+# Every number, its unit and its reason.
+
+ID_CHARACTERS = 128  # the longest id
+NAME_BYTES = 220  # the longest file name of an id; 255 less ".", ".json" and "." + a revision
+BODY_BYTES = 32 << 20  # of one request: a long conversation is some megabytes
+NESTING = 100  # levels of one record: msgspec stops near 1,000, hand editing long before
+INTEGER = 8_640_000_000_000_000  # ms: the last moment that a JavaScript Date can hold
+AHEAD_MS = 5 * 60_000  # a clock further ahead than this is wrong
+HISTORY_FILES = 20  # superseded versions of one document
+EXPIRES_S = 24 * 3600  # queue time of a command that does not say
+RUN_S = 3600  # run time of a command that does not say
+GRACE_S = 60  # more than its run time that an agent without a lease is given to report
+LONGEST_RUN_S = 7 * 24 * 3600  # of a timeout or a lease
+LONGEST_STAY_S = 365 * 24 * 3600  # in the queue
+LOCK_S = 10.0  # wait for another process before saying 503
+GATHER_S = 0.0002  # a busy committer waits for company: a sync costs as much for many as for one
+LOCK_POLL_S = 0.001  # filelock's own 0.05 starves whoever comes second
+WAIT_S = 55  # a held answer: proxies cut at 60
+SETTLE_S = 1.0  # a file written by hand may be half done for so long
+LOOK_S = 1.5  # between looks at the whole directory, where the kernel does not tell
+JOURNAL_POLL_S = 0.02  # between looks at the journal, where the kernel does not tell
+SWEEP_S = 1.0  # between looks for commands that are overdue
+SLACK_LINES = 1000  # a journal is compacted when it is twice its records and this long
+EPOCHS = 256  # starts of a service that cursors are remembered for
+GZIP_BYTES = 1024  # smaller answers gain nothing
+THREADS = 16  # of the server; a long poll holds one
+
+
+# ---------------------------------------------------------------------------------------- Rules
+# What may become what. Values in, new values out: no disk, no network, no clock, no randomness.
+
+KINDS = ("conversations", "documents", "commands")
+SINGULAR = {"conversations": "Conversation", "documents": "Document", "commands": "Command"}
+
+
+def number(kind: Any, **bounds: Any) -> Any:
+    return Annotated[kind, msgspec.Meta(**bounds)]
+
+
+def shape(required: dict[str, Any], optional: dict[str, Any]) -> Any:
+    """Return the type of an object with these fields, and any others."""
+    return TypedDict("shape", {**{key: Required[kind] for key, kind in required.items()}, **optional}, total=False)  # type: ignore
+
+
+Text = Annotated[str, msgspec.Meta(min_length=1)]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=ID_CHARACTERS)]
+Count = number(int, ge=0, le=INTEGER)
+Time = number(int, ge=-INTEGER, le=INTEGER) | number(float, ge=-INTEGER, le=INTEGER)
+Run = number(int, gt=0, le=LONGEST_RUN_S) | number(float, gt=0, le=LONGEST_RUN_S)
+Stay = number(int, gt=0, le=LONGEST_STAY_S) | number(float, gt=0, le=LONGEST_STAY_S)
+Status = Literal["pending", "processing", "completed", "failed"]
+Outcome = Literal["ok", "exit", "error", "timeout", "cancelled", "expired", "lost", "refused"]
+
+MESSAGE = shape({"role": Name, "content": str, "timestamp": Time}, {"id": str | int, "metadata": dict[str, Any]})
+MESSAGES: Any = list[MESSAGE]  # type: ignore[valid-type]
+DOCUMENT = shape({"content": str, "timestamp": Time}, {"path": str, "language": str})
+PUSH = shape({}, {**dict.fromkeys(KINDS, dict[str, Any]), "lastUpdate": Time})
+
+# What an order may say: for every type, and for each its required and its optional fields.
+ORDER = {"workingDir": Text, "env": dict[str, str], "timeout": Run, "expiresIn": Stay, "target": Name}
+ORDER |= {"metadata": dict[str, Any], "retryable": bool}
+ORDERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "execute_bash": ({"command": Text}, {}),
+    "read_file": ({"path": Text}, {"offset": Count, "limit": Count, "tail": Count}),
+    "write_file": (
+        {"path": Text, "content": str},
+        {"encoding": Literal["utf-8", "base64"], "mode": str, "append": bool, "expectedSha256": str | None},
+    ),
+    "list_directory": ({"path": Text}, {"recursive": bool, "glob": Text, "limit": Count}),
+    "aws_operation": (
+        {"service": Text, "operation": Text, "parameters": dict[str, Any]},
+        {"region": Text, "profile": Text, "paginate": bool},
+    ),
+    "code_search": (
+        {"query": Text},
+        {"path": Text, "glob": Text, "regex": bool, "ignoreCase": bool, "context": Count, "limit": Count},
+    ),
+    "kiro_command": ({"command": Text}, {}),
+    "user_input": ({"prompt": Text}, {}),
+}
+COMMANDS = {kind: shape(required, {**ORDER, **optional}) for kind, (required, optional) in ORDERS.items()}
+
+# What an agent may say of a command, and what a command says beside what was ordered.
+REPORT = {"status": Status, "outcome": Outcome, "error": str, "agent": Name, "lease": Run, "attempt": Count}
+REPORT |= {"result": Any, "metadata": dict[str, Any]}
+PATCH = shape({}, REPORT)
+TIMES = dict.fromkeys(("createdAt", "updatedAt", "startedAt", "endedAt", "leaseUntil"), Time)
+COMMAND = shape({"type": Name, "status": Status}, {**ORDER, **REPORT, **TIMES})
+
+# What a file found in the state directory must be.
+FOUND = {
+    "conversations": shape({"messages": MESSAGES}, {}),
+    "documents": shape({"content": str}, {"timestamp": Time}),
+    "commands": shape({"type": Name}, {**ORDER, **REPORT, **TIMES}),
+}
+
+
+def check(shape: Any, value: Any, where: str) -> Any:
+    """Return *value* if it has the *shape*; raise Malformed with the path of what has not.
+
+    >>> check(MESSAGE, {"role": "user", "content": "", "timestamp": "now"}, "m")
+    Traceback (most recent call last):
+        ...
+    kirosync.Malformed: m.timestamp: expected int or float, got str
+    >>> check(MESSAGE, {"role": "user", "timestamp": 1}, "m")
+    Traceback (most recent call last):
+        ...
+    kirosync.Malformed: m.content: is required
+    """
+    try:
+        msgspec.convert(value, shape)
+    except msgspec.ValidationError as error:
+        problem, _, path = str(error).partition(" - at `$")
+        field = where + path.rstrip("`")
+        if missing := re.fullmatch(r"Object missing required field `(.*)`", problem):
+            raise Malformed(f"{field}.{missing[1]}".lstrip("."), "is required") from None
+        problem = problem[0].lower() + problem[1:].replace("`", "").replace(" | ", " or ")
+        raise Malformed(field.lstrip("."), problem) from None
+    return value
+
+
+def check_id(identity: str, where: str = "id") -> str:
+    """Return *identity* if it can be one: 1 to 128 characters of text, none of them a control character.
+
+    >>> check_id("../etc")
+    '../etc'
+    >>> check_id("a\\0b")
+    Traceback (most recent call last):
+        ...
+    kirosync.Malformed: id: has a control character at position 1
+    """
+    if not 1 <= len(identity) <= ID_CHARACTERS:
+        raise Malformed(where, f"must have 1 to {ID_CHARACTERS} characters, has {len(identity)}")
+    if bad := re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", identity):
+        raise Malformed(where, f"has a control character at position {bad.start()}")
+    if len(name := name_of(identity)) > NAME_BYTES:
+        raise Malformed(where, f"makes a file name of {len(name)} bytes, {NAME_BYTES} fit")
+    return identity
+
+
+def name_of(identity: str) -> str:
+    """Return the file name of an id; it never holds a slash and never begins with a dot.
+
+    >>> name_of("../etc"), name_of("a~b"), name_of("Straße")
+    ('%2E.%2Fetc', 'a%7Eb', 'Stra%C3%9Fe')
+    """
+    name = urllib.parse.quote(identity, safe="").replace("~", "%7E")
+    return "%2E" + name[1:] if name.startswith(".") else name
+
+
+def canonical(value: Any) -> bytes:
+    """Return bytes that are equal for equal values, whatever the order of their keys."""
+    return msgspec.json.encode(value, order="deterministic")
+
+
+def unite(mine: Record, theirs: Record) -> Record:
+    """Return both records in one, key by key, metadata too; where they differ the greater value stays.
+
+    >>> unite({"a": 1, "metadata": {"x": 1}}, {"a": 2, "metadata": {"y": 2}})
+    {'a': 2, 'metadata': {'x': 1, 'y': 2}}
+    """
+    united = {**mine, **theirs}
+    for key in mine.keys() & theirs.keys():
+        if key == "metadata":
+            united[key] = unite(mine[key], theirs[key])
+        else:
+            united[key] = max(mine[key], theirs[key], key=canonical)
+    return united
+
+
+def message_rank(message: Record) -> tuple[Any, ...]:
+    return message["timestamp"], len(message["content"]), message["content"]
+
+
+def document_rank(document: Record) -> tuple[Any, ...]:
+    return document["timestamp"], document["content"]
+
+
+def join(mine: Record, theirs: Record, rank: Callable[[Record], Any]) -> tuple[Record, list[Record]]:
+    """Return the one that ranks higher, whole, and the losers; equals are united.
+
+    The least upper bound of an order, so merging is idempotent, commutative and associative.
+
+    >>> join({"timestamp": 1, "content": "b"}, {"timestamp": 2, "content": "a"}, document_rank)
+    ({'timestamp': 2, 'content': 'a'}, [{'timestamp': 1, 'content': 'b'}])
+    """
+    if rank(mine) == rank(theirs):
+        return unite(mine, theirs), []
+    winner, loser = (mine, theirs) if rank(mine) > rank(theirs) else (theirs, mine)
+    return winner, [loser]
+
+
+def merge_document(mine: Record, theirs: Record) -> tuple[Record, list[Record]]:
+    """Return the document that both copies agree on, and the losing version, if any.
+
+    The later timestamp wins whole; equal timestamps are decided by content.
+    """
+    return join(mine, theirs, document_rank)
+
+
+def merge_messages(mine: Iterable[Record], theirs: Iterable[Record]) -> tuple[list[Record], list[Record]]:
+    """Return the messages of both in one order, and the versions that lost.
+
+    Messages with an id are the same if their id is. Those without are the same if their timestamp,
+    role and content are; content that goes on where another's ends replaces it, and two contents of
+    one moment are two messages. Equal timestamps stand as they were first seen.
+
+    >>> part, whole = ({"role": "a", "content": text, "timestamp": 1} for text in ("Hel", "Hello"))
+    >>> merge_messages([part], [whole])[0] == merge_messages([whole], [part])[0] == [whole]
+    True
+    """
+    groups: dict[Any, list[tuple[int, Record]]] = {}
+    losers: list[Record] = []
+    for place, message in enumerate(itertools.chain(mine, theirs)):
+        key = identity_of(message)
+        groups[key], lost = admit(groups.get(key, []), place, message)
+        losers += lost
+    merged = sorted(itertools.chain(*groups.values()), key=lambda seen: (seen[1]["timestamp"], seen[0]))
+    return [message for _, message in merged], losers
+
+
+def identity_of(message: Record) -> Any:
+    """Return what a message shares with every other version of itself."""
+    return ("id", message["id"]) if "id" in message else (message["timestamp"], message["role"])
+
+
+def admit(
+    group: list[tuple[int, Record]], place: int, message: Record
+) -> tuple[list[tuple[int, Record]], list[Record]]:
+    """Return a group of (place, message) of one identity after *message* joined it, and the losers."""
+    content = message["content"]
+    for index, (at, known) in enumerate(group):
+        if "id" in message or known["content"] == content:
+            winner, lost = join(known, message, message_rank)
+            return [*group[:index], (at, winner), *group[index + 1 :]], [m for m in lost if says_more(m, winner)]
+        if known["content"].startswith(content):
+            return group, [message] if says_more(message, known) else []
+    shorter = [(at, known) for at, known in group if content.startswith(known["content"])]
+    others = [seen for seen in group if seen not in shorter]
+    first = min((at for at, _ in shorter), default=place)
+    return [*others, (first, message)], [known for _, known in shorter if says_more(known, message)]
+
+
+def says_more(loser: Record, winner: Record) -> bool:
+    """Return whether *loser* holds anything that *winner* does not: other content, or a field."""
+    fields = loser.keys() | loser.get("metadata", {}).keys()
+    return not winner["content"].startswith(loser["content"]) or bool(
+        fields - winner.keys() - winner.get("metadata", {}).keys()
+    )
+
+
+def trust_clock(document: Record, known: Record | None, now: int) -> Record:
+    """Return *document* with a timestamp that is not from the future, and *known* if nothing else is new.
+
+    >>> trust_clock({"content": "a", "timestamp": 9_000_000}, None, now=1)
+    {'content': 'a', 'timestamp': 1}
+    >>> trust_clock({"content": "a", "timestamp": 3}, {"content": "a", "timestamp": 2}, now=1)
+    {'content': 'a', 'timestamp': 2}
+    """
+    if known is not None and canonical({**document, "timestamp": known["timestamp"]}) == canonical(known):
+        return known
+    return {**document, "timestamp": now} if document["timestamp"] > now + AHEAD_MS else document
+
+
+def bury(record: Record, grave: Record | None, before: int) -> Record:
+    """Return the tombstone of *record*: its last version, and ``before``, the latest time that is dead with it.
+
+    A conversation that was deleted twice keeps the messages of both.
+    """
+    grave = grave or {"before": 0}
+    before = max(before, grave["before"])
+    if "messages" not in record:
+        return {**record, "before": max(before, record.get("timestamp", before))}
+    return {**record, "messages": merge_messages(grave.get("messages", []), record["messages"])[0], "before": before}
+
+
+def risen(messages: list[Record], grave: Record) -> tuple[list[Record], list[Record]]:
+    """Return which of *messages* are newer than their conversation's *grave*, and which are dead.
+
+    >>> grave = {"before": 5, "messages": [{"role": "a", "content": "x", "timestamp": 9}]}
+    >>> risen([{"role": "a", "content": text, "timestamp": 9} for text in "xy"], grave)[0]
+    [{'role': 'a', 'content': 'y', 'timestamp': 9}]
+    """
+    alive: list[Record] = []
+    dead: list[Record] = []
+    for message in messages:
+        same = [known for known in grave["messages"] if identity_of(known) == identity_of(message)]
+        buried = message["timestamp"] <= grave["before"] or (same and merge_messages(same, [message])[0] == same)
+        (dead if buried else alive).append(message)
+    return alive, dead
+
+
+NEXT: dict[str, set[str]] = {
+    "pending": {"processing", "failed"},
+    "processing": {"processing", "pending", "completed", "failed"},
+    "completed": set(),
+    "failed": set(),
+}
+ENDED = {status for status, following in NEXT.items() if not following}
+
+
+def check_command(order: Record, where: str = "") -> Record:
+    """Return *order* if it has all that its type requires; raise Malformed naming the field."""
+    check(shape({"type": Name}, {}), order, where)
+    if order["type"] not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        raise Malformed(f"{where}.type".lstrip("."), f"{order['type']!r} is not one of {known}")
+    return check(COMMANDS[order["type"]], order, where)  # type: ignore[no-any-return]
+
+
+def new_command(order: Record, now: int) -> Record:
+    """Return the pending command that *order* (see COMMANDS) becomes when it is queued at *now*.
+
+    >>> new_command({"type": "execute_bash", "command": "df"}, now=5)["status"]
+    'pending'
+    """
+    return {**order, "status": "pending", "createdAt": now, "updatedAt": now}
+
+
+def advance(command: Record, patch: Record, now: int) -> Record:
+    """Return *command* after *patch* (see REPORT), if the rules let it go there.
+
+    >>> advance({"id": "c", "status": "completed"}, {"status": "processing"}, now=1)
+    Traceback (most recent call last):
+        ...
+    kirosync.Conflict: c is completed and cannot become processing
+    """
+    was, status = command["status"], patch.get("status", command["status"])
+    told = {key: value for key, value in patch.items() if key != "lease" and key not in TIMES}
+    if was in ENDED and all(key in command and command[key] == told[key] for key in told):
+        return command
+    if was in ENDED or status not in NEXT[was] | {was}:
+        raise Conflict(f"{command['id']} is {was} and cannot become {status}", status=was)
+    for key in told.keys() - REPORT.keys():
+        if key in command and command[key] != told[key]:
+            raise Conflict(f"{command['id']}: {key} was set when it was queued and stays as it is", field=key)
+    if was == "processing":
+        check_holder(command, patch)
+    changed = {**command, **told, "status": status, "updatedAt": now}
+    if status == "pending":
+        changed = {key: value for key, value in changed.items() if key not in ("agent", "startedAt")}
+    if was == "pending" and status == "processing":
+        changed |= {"attempt": command.get("attempt", 0) + 1, "startedAt": now}
+    if "lease" in patch and status == "processing":
+        changed["leaseUntil"] = now + round(patch["lease"] * 1000)
+    if status != "processing":
+        changed.pop("leaseUntil", None)
+    return end(changed, now) if status in ENDED else changed
+
+
+def check_holder(command: Record, patch: Record) -> None:
+    """Raise Conflict if *patch* does not come from the attempt and the agent that hold *command*."""
+    attempt, holder = command.get("attempt", 0), command.get("agent")
+    if patch.get("attempt", attempt) != attempt:
+        raise Conflict(f"{command['id']} is in attempt {attempt}, not {patch['attempt']}", attempt=attempt)
+    if patch.get("agent", holder) != holder or (patch.get("status") == "processing" and not patch.get("agent")):
+        raise Conflict(f"{command['id']} is already claimed by {holder or 'another agent'}", status="processing")
+
+
+def end(command: Record, now: int) -> Record:
+    """Return *command*, which has just become completed or failed, with its outcome."""
+    result = command.get("result")
+    exited = isinstance(result, dict) and result.get("exitCode") not in (0, None)
+    outcome = "ok" if command["status"] == "completed" else "exit" if exited else "error"
+    return {"outcome": outcome, **command, "endedAt": now}
+
+
+def deadline(command: Record) -> float | None:
+    """Return the moment (ms) from which *command* is overdue, or None for one that has ended."""
+    if command["status"] == "pending":
+        return float(command["createdAt"] + command.get("expiresIn", EXPIRES_S) * 1000)
+    if command["status"] == "processing":
+        unheard = command.get("startedAt", command["createdAt"]) + (command.get("timeout", RUN_S) + GRACE_S) * 1000
+        return float(command.get("leaseUntil", unheard))
+    return None
+
+
+def overdue(command: Record, now: int) -> Record:
+    """Return *command* as it stands at *now*: what nobody took has expired, what nobody reported is lost.
+
+    >>> overdue({"id": "c", "status": "pending", "createdAt": 0, "expiresIn": 1}, now=1001)["outcome"]
+    'expired'
+    """
+    due = deadline(command)
+    if due is None or due >= now:
+        return command
+    if command["status"] == "pending":
+        waited = (now - command["createdAt"]) // 1000
+        return fail(command, "expired", f"no agent took it in {waited} s; queue it again if it is still wanted", now)
+    if command.get("retryable"):
+        return advance(command, {"status": "pending"}, now)
+    return fail(command, "lost", f"{command.get('agent', 'the agent')} stopped reporting; how it ended is unknown", now)
+
+
+def fail(command: Record, outcome: str, error: str, now: int) -> Record:
+    return advance(command, {"status": "failed", "outcome": outcome, "error": error}, now)
+
+
+def merge_command(mine: Record | None, theirs: Record, now: int) -> Record:
+    """Return the command as the server keeps it after a client sent *theirs*.
+
+    The server's copy wins, but a client may report what the rules allow. A command that the server
+    does not know is queued, unless it has ended or waited too long: no stale client runs an old one.
+    """
+    if mine is None:
+        created = min(theirs.get("createdAt", now), now)
+        stamped = {**theirs, "createdAt": created, "updatedAt": theirs.get("updatedAt", created)}
+        return overdue(stamped, now) if stamped["status"] == "pending" else stamped
+    if theirs["status"] in (mine["status"], "pending") or mine["status"] in ENDED:
+        return mine
+    if mine["status"] == "pending" and theirs.get("attempt", 1) <= mine.get("attempt", 0):
+        return mine
+    report = {key: theirs[key] for key in REPORT.keys() & theirs.keys()}
+    unclaimed = mine["status"] == "pending" and theirs["status"] == "completed"
+    try:
+        return advance(advance(mine, {"status": "processing"}, now) if unclaimed else mine, report, now)
+    except Conflict:
+        return mine
+
+
+def complete(kind: str, found: Record, edited: int, now: int) -> Record:
+    """Return the record that a file, made or *edited* (ms) by hand, stands for; raise Malformed if none.
+
+    >>> complete("documents", {"id": "d", "content": "by hand", "timestamp": 1}, edited=7, now=8)["timestamp"]
+    7
+    """
+    if kind == "documents":
+        return {**found, "timestamp": max(found.get("timestamp", edited), min(edited, now))}
+    if kind == "commands" and "status" not in found:
+        return new_command(check_command(found), now)
+    if kind == "commands":
+        return {**found, "createdAt": found.get("createdAt", now), "updatedAt": found.get("updatedAt", now)}
+    return found
+
+
+# ---------------------------------------------------------------------------------------- Store
+# The only code that touches the state directory.
+
+
+Stamp = tuple[int, int, int]  # of a file: inode, mtime in ns, size
+
+
+class Line(msgspec.Struct, frozen=True):
+    """One change in the journal. ``op`` is put, delete, quarantine, touch, or open: a start of a service."""
+
+    revision: int
+    at: float
+    lastUpdate: float
+    kind: str
+    id: str
+    op: str
+    crc: int = 0
+
+
+class Entry(NamedTuple):
+    """What is known of a record's file: enough to answer, and to notice a change, without reading it."""
+
+    revision: int
+    crc: int  # of the file's bytes
+    stamp: Stamp
+    wire: bytes  # as /sync shows it: compact JSON, without id and revision
+    more: Record  # of a conversation: what its file holds beside the messages
+
+    def record(self, identity: str) -> Record:
+        shown = msgspec.json.decode(self.wire)
+        if isinstance(shown, dict):
+            return {"id": identity, **shown}
+        return {"id": identity, **self.more, "messages": shown}
+
+    def status(self) -> str:
+        return str(msgspec.json.decode(self.wire)["status"])
+
+    def newer(self, since: int) -> bytes:
+        """Return ``wire`` less the messages that have not changed after revision *since*."""
+        if since == 0 or not self.wire.startswith(b"["):
+            return self.wire
+        messages = msgspec.json.decode(self.wire, type=list[msgspec.Raw])
+        dated = zip(messages, self.dates(len(messages)), strict=True)
+        return b"[" + b",".join(message for message, revision in dated if revision > since) + b"]"
+
+    def dates(self, messages: int) -> list[int]:
+        """Return the revision at which each of so many *messages* last changed."""
+        dates = unpack(self.more.get("revisions"))
+        return dates if len(dates) == messages else [self.revision] * messages
+
+
+class Delta(NamedTuple):
+    """What changed after a cursor: the entries with the revision they are wanted from, and the deleted."""
+
+    full: bool
+    revision: int
+    cursor: str
+    changed: dict[str, dict[str, Entry]]
+    deleted: dict[str, list[str]]
+    since: int
+
+    def __bool__(self) -> bool:
+        return any(self.changed.values()) or any(self.deleted.values())
+
+
+class Unreadable(Exception):
+    """A file in the state directory is not a record; the text says why."""
+
+
+def unpack(revisions: Any) -> list[int]:
+    """Return the numbers in "5 6*3": 5 once, 6 three times; none if it cannot be read.
+
+    >>> unpack("5 6*3"), unpack("?")
+    ([5, 6, 6, 6], [])
+    """
+    if not isinstance(revisions, str) or not re.fullmatch(r"(\d{1,15}(\*\d{1,7})? ?)*", revisions):
+        return []
+    runs = (run.partition("*") for run in revisions.split())
+    return [int(revision) for revision, _, times in runs for _ in range(int(times or 1))]
+
+
+def pack(revisions: list[int]) -> str:
+    runs = ((revision, len(list(run))) for revision, run in itertools.groupby(revisions))
+    return " ".join(str(revision) if times == 1 else f"{revision}*{times}" for revision, times in runs)
+
+
+def lay_out(identity: str, revision: int, wire: bytes, more: Record) -> bytes:
+    """Return the file of a record: indented, id and revision first, a newline at the end."""
+    head = msgspec.json.encode({"id": identity, "revision": revision})[:-1]
+    parts = [wire[1:-1]] if wire.startswith(b"{") else [msgspec.json.encode(more)[1:-1], b'"messages":' + wire]
+    text = msgspec.json.format(b",".join([head, *filter(None, parts)]) + b"}", indent=2) + b"\n"
+    if b"\n" + b"  " * NESTING in text:
+        raise Malformed(identity, f"is nested more than {NESTING} deep")
+    return text
+
+
+def date(messages: list[bytes], revision: int, known: Entry | None) -> str:
+    """Return, packed, the revision at which each of *messages* last changed: the known one's, or *revision*."""
+    if known is None:
+        return pack([revision] * len(messages))
+    old = [bytes(message) for message in msgspec.json.decode(known.wire, type=list[msgspec.Raw])]
+    when = dict(zip(old, known.dates(len(old)), strict=True))
+    return pack([when.get(message, revision) for message in messages])
+
+
+def read_file(path: Path) -> tuple[bytes, Stamp]:
+    """Return the bytes and the stamp of a plain file; raise FileNotFoundError, or Unreadable."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO must not block
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise Unreadable(error.strerror) from None
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise Unreadable("is not a plain file")
+        with os.fdopen(os.dup(fd), "rb") as file:
+            return file.read(), stamp_of(status)
+    finally:
+        os.close(fd)
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def read_record(kind: str, name: str, path: Path) -> tuple[Entry, Record]:
+    """Return the entry of a file and the record in it; raise FileNotFoundError, or Unreadable with the reason."""
+    raw, stamp = read_file(path)
+    identity = urllib.parse.unquote(name)
+    try:
+        record = check(dict[str, Any], msgspec.json.decode(raw), "")
+        if name_of(check_id(identity)) != name:
+            raise Malformed("", f"the name of this file should be {name_of(identity)}.json")
+        revision = check(Count, record.pop("revision", 0), "revision")
+        record.pop("id", None)
+        check(FOUND[kind], record, "")
+    except (Malformed, ValueError, RecursionError) as error:
+        raise Unreadable(str(error)) from None
+    if kind != "conversations":
+        wire, more = msgspec.json.encode(record), {}
+    else:
+        wire, more = msgspec.json.encode(record["messages"]), {k: v for k, v in record.items() if k != "messages"}
+    return Entry(revision, zlib.crc32(raw), stamp, wire, more), {"id": identity, **record}
+
+
+class Watch:
+    """Tells which files of the state directory were changed, by anyone, from the kernel's own notices.
+
+    Where the kernel has no inotify, it says None now and then: look at everything.
+    """
+
+    CHANGED = 0x8 | 0x40 | 0x80 | 0x200  # closed after writing, moved from, moved to, deleted
+    MODIFIED = 0x2
+    OVERFLOW = 0x4000
+
+    def __init__(self, directory: Path, kinds: Iterable[str]) -> None:
+        self.folders: dict[int, str] = {}
+        self.looked = time.monotonic()
+        libc = ctypes.CDLL(None)
+        self.fd = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC) if hasattr(libc, "inotify_init1") else -1
+        for kind in (*kinds, "") if self.fd >= 0 else ():
+            path, mask = os.fsencode(directory / kind), self.CHANGED if kind else self.CHANGED | self.MODIFIED
+            self.folders[libc.inotify_add_watch(self.fd, path, mask)] = kind
+        if -1 in self.folders:  # out of watches: the system's limit, not ours
+            os.close(self.fd)
+            self.fd = -1
+
+    def wait(self, seconds: float) -> set[tuple[str, str]] | None:
+        """Return the (kind, file name) pairs changed by now, waiting up to *seconds* for the first; or None."""
+        if self.fd < 0:
+            time.sleep(min(seconds, JOURNAL_POLL_S))
+            return self._by_time()
+        if not select.select([self.fd], [], [], seconds)[0]:
+            return set()
+        names, notices = set(), os.read(self.fd, 1 << 16)
+        while notices:
+            folder, mask, _, length = struct.unpack_from("iIII", notices)
+            name = os.fsdecode(notices[16 : 16 + length].rstrip(b"\0"))
+            if mask & self.OVERFLOW:
+                return None
+            names.add((self.folders[folder], name))
+            notices = notices[16 + length :]
+        return names
+
+    def _by_time(self) -> set[tuple[str, str]] | None:
+        if time.monotonic() - self.looked < LOOK_S:
+            return set()
+        self.looked = time.monotonic()
+        return None
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class Pen:
+    """What a rule writes with. The store hands it out under the lock, and to nobody else.
+
+    All that is written with one pen becomes durable and visible together, or not at all.
+    """
+
+    def __init__(self, store: Store, now: int) -> None:
+        self.store, self.now = store, now
+        self.revision, self.last_update = store.revision, store.last_update
+        self.lines: list[Line] = []
+        self.entries: dict[tuple[str, str], Entry | None] = {}
+        self.files: dict[Path, tuple[int, bytes]] = {}
+        self.history: dict[Path, bytes] = {}
+
+    def fork(self) -> Pen:
+        """Return a pen that goes on where this one is, to be dropped if its rule fails."""
+        twin = Pen(self.store, self.now)
+        twin.revision, twin.last_update, twin.lines = self.revision, self.last_update, [*self.lines]
+        twin.entries, twin.files, twin.history = {**self.entries}, {**self.files}, {**self.history}
+        return twin
+
+    def get(self, kind: str, identity: str) -> Record | None:
+        """Return the record, with its id, or None."""
+        entry = self._entry(kind, identity)
+        return entry.record(identity) if entry else None
+
+    def put(self, kind: str, identity: str, record: Record) -> None:
+        """Make *record* what its id stands for. One that is as it was is no change."""
+        known = self._entry(kind, identity)
+        fields = {key: value for key, value in record.items() if key not in ("id", "revision", "revisions")}
+        if kind == "conversations":
+            messages = [msgspec.json.encode(message) for message in fields.pop("messages")]
+            wire, more = b"[" + b",".join(messages) + b"]", fields
+        else:
+            wire, more = msgspec.json.encode(fields), {}
+        if known and wire == known.wire and more.items() <= known.more.items():
+            return
+        if kind == "conversations":
+            more = {"revisions": date(messages, self.revision + 1, known), **fields}
+        text = lay_out(identity, self.revision + 1, wire, more)
+        crc = zlib.crc32(text)
+        self._enter(kind, identity, "put", crc)
+        self.entries[kind, identity] = Entry(self.revision, crc, (0, 0, 0), wire, more)
+        self.files[self.store.path(kind, identity)] = (self.revision, text)
+
+    def delete(self, kind: str, identity: str, before: int) -> None:
+        """Leave a tombstone in place of the record; nothing as old as *before* (ms) comes back."""
+        record = self.get(kind, identity) or ({"messages": []} if kind == "conversations" else {})
+        wire = msgspec.json.encode({**bury(record, self.grave(kind, identity), before), "id": identity})
+        self._enter(kind, identity, "delete")
+        self.entries[kind, identity] = None
+        self.files.pop(self.store.path(kind, identity), None)
+        self.files[self.store.grave(kind, identity)] = (self.revision, lay_out(identity, self.revision, wire, {}))
+
+    def grave(self, kind: str, identity: str) -> Record | None:
+        """Return the tombstone that *identity* has, or None."""
+        path = self.store.grave(kind, identity)
+        if path in self.files:
+            return msgspec.json.decode(self.files[path][1])  # type: ignore[no-any-return]
+        if (kind, identity, "delete") not in self.store.recent:
+            return None
+        try:
+            return {"before": 0, "messages": [], **msgspec.json.decode(read_file(path)[0])}
+        except (FileNotFoundError, Unreadable, msgspec.DecodeError, TypeError):
+            return None  # removed or spoiled by hand: then nothing is dead
+
+    def keep(self, kind: str, identity: str, versions: Iterable[Record]) -> None:
+        """Put *versions* into the history of a record."""
+        folder = self.store.directory / "history" / kind / name_of(identity)
+        for version in versions:
+            text = msgspec.json.format(canonical(version), indent=2) + b"\n"
+            moment = max(0, int(version["timestamp"]))
+            self.history[folder / f"{moment:016d}-{hashlib.sha256(text).hexdigest()[:12]}.json"] = text
+
+    def touch(self, moment: float) -> None:
+        """Move lastUpdate to *moment* (ms), forwards only."""
+        if moment > self.last_update:
+            self.last_update = moment
+            self._enter("lastUpdate", "", "touch")
+
+    def adopt(self, kind: str, name: str) -> None:
+        """Take in what someone did by hand to the file *name* (without .json) of *kind*."""
+        path = self.store.directory / kind / f"{name}.json"
+        identity = urllib.parse.unquote(name)
+        known = self._staged(kind, identity)
+        try:
+            entry, found = read_record(kind, name, path)
+            edited = entry.stamp[1] // 1_000_000
+            record = complete(kind, found, edited, self.now)
+        except FileNotFoundError:
+            if known or (kind, identity, "put") in self.store.recent:
+                log.info("%s/%s was removed by hand", kind, name)
+                self.delete(kind, identity, self.now)
+            return
+        except (Unreadable, Malformed) as reason:
+            if not self.store.postpone(kind, name, self.now):
+                self._quarantine(kind, name, str(reason))
+            return
+        if known and entry.crc == known.crc:
+            self.store.entries[kind][identity] = known._replace(stamp=entry.stamp)
+            return
+        log.info("%s/%s was changed by hand", kind, name)
+        self._replace(kind, identity, known, record)
+
+    def _replace(self, kind: str, identity: str, known: Entry | None, record: Record) -> None:
+        """Put a record changed by hand, so that it also loses what was taken out of it."""
+        old = known.record(identity) if known else None
+        if kind == "documents" and old:
+            self.keep(kind, identity, [old])
+        if kind == "conversations" and (
+            not old or merge_messages(old["messages"], record["messages"])[0] != record["messages"]
+        ):
+            lost = [message for message in old["messages"] if message not in record["messages"]] if old else []
+            self.entries[kind, identity] = known and known._replace(wire=msgspec.json.encode(lost))
+            self.delete(kind, identity, 0)
+        self.entries[kind, identity] = None
+        self.put(kind, identity, record)
+
+    def _quarantine(self, kind: str, name: str, reason: str) -> None:
+        """Move a file that is no record aside, and put back what was last known of it."""
+        identity = urllib.parse.unquote(name)
+        known = self._staged(kind, identity)
+        self.store.quarantine(kind, name, reason)
+        self._enter(kind, identity, "quarantine")
+        self.entries[kind, identity] = None
+        if known:
+            self.put(kind, identity, known.record(identity))
+
+    def _entry(self, kind: str, identity: str) -> Entry | None:
+        """Return what the record is now, after a look whether its file was changed by hand."""
+        if (kind, identity) not in self.entries and self.store.differs(kind, name_of(identity)):
+            self.adopt(kind, name_of(identity))
+        return self._staged(kind, identity)
+
+    def _staged(self, kind: str, identity: str) -> Entry | None:
+        if (kind, identity) in self.entries:
+            return self.entries[kind, identity]
+        return self.store.entries[kind].get(identity)
+
+    def _enter(self, kind: str, identity: str, op: str, crc: int = 0) -> None:
+        self.revision += 1
+        self.lines.append(Line(self.revision, self.now, self.last_update, kind, identity, op, crc))
+
+
+def nothing(pen: Pen) -> None:
+    """The rule that changes nothing; to run it is to take in what others did."""
+
+
+class Ticket(Generic[T]):
+    """A rule that waits for its turn, and what came of it."""
+
+    def __init__(self, rule: Callable[[Pen], T]) -> None:
+        self.rule = rule
+        self.answer: T | None = None
+        self.error: BaseException | None = None
+        self.settled = False
+
+
+class Store:
+    """The state directory. Opening it repairs what a crash left; closing it is a courtesy.
+
+    Any number of threads and processes may have it open. ``kinds`` are those that this one reads.
+    """
+
+    def __init__(self, directory: Path, kinds: Iterable[str] = KINDS, clock: Callable[[], int] | None = None) -> None:
+        self.directory, self.kinds = Path(directory).absolute(), tuple(kinds)
+        self.clock = clock or (lambda: time.time_ns() // 1_000_000)
+        self.entries: dict[str, dict[str, Entry]] = {kind: {} for kind in self.kinds}
+        self.recent: dict[tuple[str, str, str], int] = {}  # (kind, id, op): revision, oldest first
+        self.epochs: list[tuple[str, int]] = []  # each start of a store, and the revision it began at
+        self.revision, self.last_update = 0, 0.0
+        self.changed = threading.Condition()  # guards what is shown to readers; told of every change
+        self.closed = False
+        self._queue: list[Ticket[Any]] = []
+        self._queued = threading.Condition()  # guards the queue; told when a commit has ended
+        self._committing, self._together = False, 0
+        self._suspects: dict[tuple[str, str], int] = {}  # (kind, name): when to look at it again, in ms
+        self._journal, self._mark = -1, (0, 0)  # its descriptor; the inode and size up to which it is known
+        self._reopen = True
+        self._make_folders()
+        self._lock = filelock.FileLock(
+            self.directory / ".lock", timeout=LOCK_S, poll_interval=LOCK_POLL_S, thread_local=False, mode=0o600
+        )
+        if self.kinds != KINDS and not (self.directory / "journal.jsonl").exists():
+            Store(self.directory, clock=clock).close()  # only who reads all kinds can rebuild the journal
+        self.change(nothing)
+
+    def path(self, kind: str, identity: str) -> Path:
+        """Return the file of a record: the one gate through which ids become names."""
+        return self.directory / kind / f"{name_of(check_id(identity))}.json"
+
+    def grave(self, kind: str, identity: str) -> Path:
+        return self.directory / "deleted" / kind / f"{name_of(check_id(identity))}.json"
+
+    # Reading
+
+    @property
+    def cursor(self) -> str:
+        return f"{self.epochs[-1][0]}.{self.revision}"
+
+    def delta(self, cursor: str | None) -> Delta:
+        """Return what changed after *cursor*; everything, if it is None or not known here."""
+        self.refresh()
+        with self.changed:
+            since = self._since(cursor)
+            changed: dict[str, dict[str, Entry]] = {kind: {} for kind in self.kinds}
+            deleted: dict[str, list[str]] = {kind: [] for kind in self.kinds}
+            if since is None:
+                changed = {kind: dict(self.entries[kind]) for kind in self.kinds}
+                return Delta(cursor is not None, self.revision, self.cursor, changed, deleted, 0)
+            for (kind, identity, op), revision in reversed(self.recent.items()):
+                if revision <= since:
+                    break
+                if op == "put" and kind in changed:
+                    changed[kind][identity] = self.entries[kind][identity]
+                elif op == "delete" and kind in deleted:
+                    deleted[kind].append(identity)
+            return Delta(False, self.revision, self.cursor, changed, deleted, since)
+
+    def get(self, kind: str, identity: str) -> Entry | None:
+        self.refresh()
+        return self.entries[kind].get(identity)
+
+    def wait(self, revision: int, seconds: float) -> None:
+        """Return when there is a revision above *revision*, the time is over, or the store is closed."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.revision > revision or self.closed, seconds)
+
+    def refresh(self) -> None:
+        """Take in what other processes have journaled. Costs one stat when there is nothing new."""
+        if self._journal_moved():
+            self.change(nothing)
+
+    def _since(self, cursor: str | None) -> int | None:
+        """Return the revision of a *cursor* that was given out on this directory's own past, else None."""
+        epoch, _, number = (cursor or "").partition(".")
+        if not re.fullmatch(r"\d{1,15}", number):
+            return None
+        for (name, start), (_, stop) in itertools.pairwise([*self.epochs, ("", self.revision)]):
+            if name == epoch and start <= int(number) <= stop:
+                return int(number)
+        return None
+
+    # Writing
+
+    def change(self, rule: Callable[[Pen], T]) -> T:
+        """Run *rule* with a pen, under the lock, and return its answer when what it wrote is durable.
+
+        Whoever comes while another commits is committed with the others that wait. Raises what the
+        rule raises, Busy if another process holds the lock for too long, Full if the disk is.
+        """
+        ticket = Ticket(rule)
+        with self._queued:
+            self._queue.append(ticket)
+            self._queued.wait_for(lambda: ticket.settled or not self._committing)
+            self._committing = self._committing or not ticket.settled
+        if not ticket.settled:
+            self._commit_queue()
+        if ticket.error:
+            raise ticket.error
+        return ticket.answer  # type: ignore[return-value]
+
+    def _commit_queue(self) -> None:
+        """Commit whatever waits, as the one thread that does."""
+        if self._together > 1:
+            time.sleep(GATHER_S)  # those just served are about to ask again
+        with self._queued:
+            tickets, self._queue = self._queue, []
+        try:
+            self._commit(tickets)
+        finally:
+            with self._queued:
+                self._together, self._committing = len(tickets), False
+                for ticket in tickets:
+                    ticket.settled = True
+                self._queued.notify_all()
+
+    def _commit(self, tickets: list[Ticket[Any]]) -> None:
+        try:
+            with self._locked():
+                self._catch_up()
+                pen = self._adopt_suspects(Pen(self, self.clock()))
+                for ticket in tickets:
+                    pen = self._try(ticket, pen)
+                if pen.lines:
+                    self._write(pen)
+        except (OSError, Refusal) as error:
+            for ticket in tickets:
+                if ticket.rule is not nothing:
+                    ticket.error = ticket.error or (refusal_of(error) if isinstance(error, OSError) else error)
+
+    def _try(self, ticket: Ticket[Any], pen: Pen) -> Pen:
+        """Return the pen after the rule of *ticket*, or as it was if the rule failed."""
+        trial = pen.fork()
+        try:
+            ticket.answer = ticket.rule(trial)
+        except Exception as error:  # a rule is its caller's code: the error is raised there, the others go on
+            ticket.error = error
+            return pen
+        return trial
+
+    def _write(self, pen: Pen) -> None:
+        """Make everything that *pen* holds durable, then visible."""
+        history = {path: (0, text) for path, text in pen.history.items() if not path.exists()}
+        self._put_in_place(self._set_aside(history))
+        aside = self._set_aside(pen.files)
+        size = os.fstat(self._journal).st_size
+        try:
+            self._append(pen.lines)
+        except OSError:
+            os.ftruncate(self._journal, size)  # a commit that was not entered has not happened
+            for temporary, _ in aside.values():
+                temporary.unlink()
+            raise
+        try:
+            self._put_in_place(aside)
+        except OSError:
+            self._reopen = True  # the journal has it: the next to take the lock completes it
+            raise
+        self._show(pen, {path: stamp for path, (_, stamp) in aside.items()})
+
+    def _set_aside(self, files: dict[Path, tuple[int, bytes]]) -> dict[Path, tuple[Path, Stamp]]:
+        """Write and sync each of {path: (revision, bytes)} beside its place; on failure leave nothing behind."""
+        aside: dict[Path, tuple[Path, Stamp]] = {}
+        opened: list[int] = []
+        try:
+            for path, (revision, text) in files.items():
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                temporary = temporary_of(path, revision)
+                opened.append(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
+                aside[path] = temporary, (0, 0, 0)
+                write_all(opened[-1], text)
+            for fd in opened if len(opened) > 1 else ():
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # starts writing: the syncs then overlap
+            for path, fd in zip(aside, opened, strict=True):
+                os.fsync(fd)  # contents before name
+                aside[path] = aside[path][0], stamp_of(os.fstat(fd))
+        except OSError:
+            for temporary, _ in aside.values():
+                temporary.unlink()
+            raise
+        finally:
+            for fd in opened:
+                os.close(fd)
+        return aside
+
+    def _put_in_place(self, aside: dict[Path, tuple[Path, Stamp]]) -> None:
+        for path, (temporary, _) in aside.items():
+            self._finish(temporary, path)
+        for folder in {path.parent for path in aside}:
+            sync_folder(folder)
+
+    def _finish(self, temporary: Path, path: Path) -> None:
+        """Rename a file into its place. A tombstone's record goes first: while it waits, it can be completed."""
+        if path.parent.parent.name == "deleted":
+            record = self.directory / path.parent.name / path.name
+            record.unlink(missing_ok=True)
+            sync_folder(record.parent)
+        temporary.rename(path)
+
+    def _append(self, lines: list[Line]) -> None:
+        write_all(self._journal, b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
+        os.fdatasync(self._journal)  # the point of no return
+
+    def _show(self, pen: Pen, stamps: dict[Path, Stamp]) -> None:
+        """Let readers see what *pen* wrote."""
+        with self.changed:
+            for (kind, identity), entry in pen.entries.items():
+                if entry is None:
+                    self.entries[kind].pop(identity, None)
+                else:
+                    path = self.path(kind, identity)
+                    self.entries[kind][identity] = entry._replace(stamp=stamps.get(path, entry.stamp))
+            for line in pen.lines:
+                self._note(line)
+            self._mark_journal()
+            self.changed.notify_all()
+
+    def _note(self, line: Line) -> None:
+        """Remember what a *line* of the journal says."""
+        self.revision, self.last_update = max(self.revision, line.revision), max(self.last_update, line.lastUpdate)
+        if line.op == "open":
+            self.epochs = [*self.epochs, (line.id, line.revision)][-EPOCHS:]
+            return
+        for op in ("put", line.op) if line.op in ("delete", "quarantine") else (line.op,):
+            self.recent.pop((line.kind, line.id, op), None)
+        self.recent[line.kind, line.id, line.op] = line.revision
+
+    # Noticing
+
+    def follow(self) -> None:
+        """Take in what is done to the directory by others, as it happens, until the store is closed."""
+        watch = Watch(self.directory, self.kinds)
+        while not self.closed:
+            names = watch.wait(0.5)
+            try:
+                self.notice(names)
+            except Refusal as refusal:
+                log.warning("a change by hand waits: %s", refusal)
+                time.sleep(SETTLE_S)
+        watch.close()
+
+    def notice(self, names: set[tuple[str, str]] | None) -> None:
+        """Take in what was done to the files *names*, (kind, file name), or to any file if that is None."""
+        if names is None:
+            names = {(kind, file) for kind in self.kinds for file in self._differing(kind)}
+        now = self.clock()
+        for kind, file in names:
+            if kind in self.kinds and file.endswith(".json") and not file.startswith("."):
+                if self.differs(kind, file[:-5]):
+                    self._suspects[kind, file[:-5]] = now
+        if self._journal_moved() or any(when <= now for when in [*self._suspects.values()]):
+            self.change(nothing)
+
+    def differs(self, kind: str, name: str) -> bool:
+        """Return whether the file *name* (without .json) is not the one that was last read or written."""
+        entry = self.entries[kind].get(urllib.parse.unquote(name))
+        try:
+            return (entry and entry.stamp) != stamp_of(os.stat(self.directory / kind / f"{name}.json"))
+        except FileNotFoundError:
+            return entry is not None
+
+    def _differing(self, kind: str) -> Iterator[str]:
+        gone = {f"{name_of(identity)}.json" for identity in [*self.entries[kind]]}
+        with os.scandir(self.directory / kind) as files:
+            for file in files:
+                gone.discard(file.name)
+                yield file.name
+        yield from gone
+
+    def postpone(self, kind: str, name: str, now: int) -> bool:
+        """Return whether a file is so new that it may be half written, and then look at it again later."""
+        path = self.directory / kind / f"{name}.json"
+        young = now - os.lstat(path).st_mtime * 1000 < SETTLE_S * 1000
+        if young:
+            self._suspects[kind, name] = now + round(SETTLE_S * 1000)
+        return young
+
+    def quarantine(self, kind: str, name: str, reason: str) -> None:
+        """Move a file that is no record aside, with the *reason* beside it."""
+        place = self.directory / "quarantine" / f"{kind}.{name}.{self.clock()}"
+        place.with_name(place.name + ".reason").write_text(reason + "\n")
+        os.rename(self.directory / kind / f"{name}.json", place)
+        log.warning("%s/%s.json is not a record and was moved to quarantine/%s: %s", kind, name, place.name, reason)
+
+    def _adopt_suspects(self, pen: Pen) -> Pen:
+        for (kind, name), when in [*self._suspects.items()]:
+            if when <= pen.now:
+                del self._suspects[kind, name]
+                if self.differs(kind, name):
+                    pen.adopt(kind, name)
+        return pen
+
+    # Opening
+
+    def _make_folders(self) -> None:
+        folders = ("deleted", *(f"deleted/{kind}" for kind in KINDS), "history", "quarantine", *KINDS)
+        for folder in (self.directory, *(self.directory / name for name in folders)):
+            folder.mkdir(mode=0o700, parents=folder == self.directory, exist_ok=True)
+        os.chmod(self.directory, 0o700)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            with self._lock:
+                yield
+        except filelock.Timeout:
+            raise Busy(f"another process has held {self.directory / '.lock'} for {LOCK_S:.0f} s; try again") from None
+
+    def _journal_moved(self) -> bool:
+        try:
+            status = os.stat(self.directory / "journal.jsonl")
+        except FileNotFoundError:
+            return True
+        return (status.st_ino, status.st_size) != self._mark
+
+    def _mark_journal(self) -> None:
+        status = os.fstat(self._journal)
+        self._mark = status.st_ino, status.st_size
+
+    def _catch_up(self) -> None:
+        """Take in the journal's new lines, completing what their writer did not live to complete."""
+        if not self._journal_moved() and not self._reopen:
+            return
+        try:
+            status = os.stat(self.directory / "journal.jsonl")
+            grown = (status.st_ino, 0) == (self._mark[0], 0) and status.st_size >= self._mark[1]
+        except FileNotFoundError:
+            grown = False
+        if self._reopen or not grown:
+            return self._open()
+        lines = self._read_lines(self._mark[1])
+        last = {(line.kind, line.id, line.op): line for line in lines if line.kind in self.kinds}
+        self._complete([(self._target(line), line.revision) for line in last.values()])
+        with self.changed:
+            for line in lines:
+                self._note(line)
+            for line in last.values():
+                self._take_in(line)
+            self._mark_journal()
+            self.changed.notify_all()
+
+    def _take_in(self, line: Line) -> None:
+        """Bring the entry of a record to what another process's *line* says."""
+        if line.op != "put":
+            if (line.kind, line.id, "put") not in self.recent:
+                self.entries[line.kind].pop(line.id, None)
+            return
+        name = name_of(line.id)
+        with contextlib.suppress(FileNotFoundError, Unreadable):
+            entry, _ = read_record(line.kind, name, self.path(line.kind, line.id))
+            if entry.crc == line.crc:
+                self.entries[line.kind][line.id] = entry
+                return
+        self._suspects[line.kind, name] = 0
+
+    def _target(self, line: Line) -> Path:
+        return (self.grave if line.op == "delete" else self.path)(line.kind, line.id)
+
+    def _complete(self, targets: Iterable[tuple[Path, int]]) -> None:
+        """Rename what was written aside for each (path, revision) and is still there: its writer died."""
+        for path, revision in targets:
+            temporary = temporary_of(path, revision)
+            if temporary.exists():
+                log.warning("completing revision %d of %s: its writer was stopped", revision, path.name)
+                self._finish(temporary, path)
+                sync_folder(path.parent)
+
+    def _read_lines(self, start: int) -> list[Line]:
+        """Return the lines of the journal from byte *start*. A torn last line was never acknowledged: it is cut off."""
+        raw = os.pread(self._journal, os.fstat(self._journal).st_size - start, start)
+        whole = raw.rfind(b"\n") + 1
+        if whole < len(raw):
+            os.ftruncate(self._journal, start + whole)
+        lines = []
+        for text in raw[:whole].splitlines():
+            try:
+                line = msgspec.json.decode(text, type=Line)
+                lines.append(line if line.kind not in KINDS else (check_id(line.id), line)[1])
+            except (ValueError, Malformed) as error:
+                log.warning("a line of the journal cannot be read and is passed over: %s", error)
+        return lines
+
+    def _open(self) -> None:
+        """Read the directory: the journal, then every record, and what the two do not agree on."""
+        if self._journal >= 0:
+            os.close(self._journal)
+        self._journal = os.open(
+            self.directory / "journal.jsonl", os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600
+        )
+        lines = self._read_lines(0)
+        with self.changed:
+            self.recent, self.epochs, self.revision, self.last_update = {}, [], 0, 0.0
+            for line in lines:
+                self._note(line)
+            self._clear_aside()
+            last = {(line.kind, line.id, line.op): line for line in lines}
+            unknown = self._load({key: line for key, line in last.items() if key in self.recent})
+            for line in unknown:
+                self._note(line)
+        if self.kinds == KINDS and len(lines) > 2 * len(self.recent) + SLACK_LINES:
+            opened = [line for line in lines if line.op == "open"][-EPOCHS:]
+            self._rewrite([*opened, *(line for key, line in last.items() if key in self.recent)])
+        epoch = Line(self.revision, self.clock(), self.last_update, "journal", secrets.token_hex(6), "open")
+        self._append([*unknown, epoch])
+        self._note(epoch)
+        sync_folder(self.directory)
+        self._mark_journal()
+        self._reopen = False
+
+    def _clear_aside(self) -> None:
+        """Complete what was entered in the journal and not renamed; remove what was not entered."""
+        entered, history = [], self.directory / "history"
+        for kind, op in itertools.product(self.kinds, ("put", "delete")):
+            folder = self.directory / (f"deleted/{kind}" if op == "delete" else kind)
+            for file in folder.glob(".*"):
+                found = re.fullmatch(r"\.(.+)\.json\.(\d+)", file.name)
+                if found and self.recent.get((kind, urllib.parse.unquote(found[1]), op)) == int(found[2]):
+                    entered.append((folder / f"{found[1]}.json", int(found[2])))
+                elif found:
+                    file.unlink()
+        self._complete(sorted(entered, key=lambda target: target[1]))
+        for file in history.glob(".*") if self.kinds == KINDS else ():
+            file.unlink()
+
+    def _load(self, last: dict[tuple[str, str, str], Line]) -> list[Line]:
+        """Read all records. Return lines for those that are newer than the journal: it was lost, or its end was."""
+        unknown: list[Line] = []
+        self.entries = {kind: {} for kind in self.kinds}
+        for kind in self.kinds:
+            for file in os.scandir(self.directory / kind):
+                name, suffix = os.path.splitext(file.name)
+                if suffix != ".json" or name.startswith("."):
+                    continue
+                self._suspects[kind, name] = 0
+                with contextlib.suppress(FileNotFoundError, Unreadable):
+                    entry, record = read_record(kind, name, Path(file.path))
+                    line = last.get((kind, record["id"], "put"))
+                    if entry.revision > self.revision and not line:
+                        moment = float(min(record.get("updatedAt") or record.get("timestamp") or 0, self.clock()))
+                        unknown.append(Line(entry.revision, moment, moment, kind, record["id"], "put", entry.crc))
+                    elif not line or entry.crc != line.crc:
+                        continue
+                    self.entries[kind][record["id"]] = entry
+                    del self._suspects[kind, name]
+        for kind, identity, op in last:
+            if op == "put" and kind in self.kinds and identity not in self.entries[kind]:
+                self._suspects[kind, name_of(identity)] = 0
+        return sorted([*unknown, *([] if last else self._graves())], key=lambda line: line.revision)
+
+    def _graves(self) -> Iterator[Line]:
+        """Yield a line for each tombstone; for a journal that was lost."""
+        for kind in self.kinds:
+            for file in (self.directory / "deleted" / kind).glob("[!.]*.json"):
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    grave = msgspec.json.decode(file.read_bytes())
+                    yield Line(grave["revision"], 0, 0, kind, urllib.parse.unquote(file.stem), "delete")
+
+    def _rewrite(self, lines: list[Line]) -> None:
+        """Replace the journal by *lines*: the last one of each record says all that the others said."""
+        path = self.directory / "journal.jsonl"
+        text = b"".join(msgspec.json.encode(line) + b"\n" for line in sorted(lines, key=lambda line: line.revision))
+        self._put_in_place(self._set_aside({path: (0, text)}))
+        os.close(self._journal)
+        self._journal = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        with self._queued, self.changed:
+            self.closed = True
+            os.close(self._journal)
+            self.changed.notify_all()
+
+
+def temporary_of(path: Path, revision: int) -> Path:
+    """Return where *path* is written aside: near by, hidden, and found again by its revision."""
+    folder = path.parents[2] if path.parents[2].name == "history" else path.parent
+    return folder / f".{path.name}.{revision}"
+
+
+def write_all(fd: int, text: bytes) -> None:
+    while text:
+        text = text[os.write(fd, text) :]
+
+
+def sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)  # the name, not only the contents
+    finally:
+        os.close(fd)
+
+
+def refusal_of(error: OSError) -> Refusal:
+    """Return what to say of a write that failed."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return Full("the disk of the state directory is full: nothing was changed; make space and send it again")
+    return Broken(f"the state directory cannot be written ({error.strerror}): nothing was changed")
+
+
+# ---------------------------------------------------------------------------------------- Service
+# The only code that knows HTTP.
+
+
+class Route(NamedTuple):
+    """A method and a path, the handler's name, and whether it is for everyone."""
+
+    method: str
+    path: str
+    handler: str
+    public: bool = False
+
+
+ROUTES = (
+    Route("GET", "/", "get_home", public=True),
+    Route("GET", "/docs", "get_docs", public=True),
+    Route("GET", "/health", "get_health", public=True),
+    Route("GET", "/sync", "get_sync"),
+    Route("POST", "/sync", "post_sync"),
+    Route("POST", "/command", "post_command"),
+    Route("GET", "/commands", "get_commands"),
+    Route("GET", "/command/<identity:path>", "get_command"),
+    Route("PATCH", "/command/<identity:path>", "patch_command"),
+    Route("DELETE", "/command/<identity:path>", "delete_command"),
+    Route("DELETE", "/conversation/<identity:path>", "delete_conversation"),
+    Route("DELETE", "/document/<identity:path>", "delete_document"),
+)
+
+OWN_FIELDS = {"id", "revision"}  # of every record; on the wire the key says the one and the cursor the other
+SET_LATER = {*OWN_FIELDS, "result", "error", "outcome", "agent", "attempt", "startedAt", "endedAt", "leaseUntil"}
+
+
+def check_push(push: Record) -> Record:
+    """Return *push* if every record in it is well formed; raise Malformed naming the record and the field."""
+    check(PUSH, push, "")
+    for kind in KINDS:
+        for identity, record in push.get(kind, {}).items():
+            where = f"{kind}.{identity[:ID_CHARACTERS]}"
+            check_id(identity, where)
+            check({"conversations": MESSAGES, "documents": DOCUMENT, "commands": COMMAND}[kind], record, where)
+            if kind == "documents" and (own := OWN_FIELDS & record.keys()):
+                raise Malformed(f"{where}.{min(own)}", "is set by the service; send it under another name")
+            if kind == "commands" and record["status"] == "pending":
+                check_command(record, where)
+    return push
+
+
+def take_push(pen: Pen, push: Record) -> str:
+    """Merge *push* into the state; return "updated" if its clock is ahead of the server's, else "current"."""
+    moment = push.get("lastUpdate", 0)
+    updated = bool(moment > pen.last_update)
+    if updated:
+        pen.touch(moment if moment <= pen.now + AHEAD_MS else pen.now)
+    for kind, take in (("conversations", take_messages), ("documents", take_document), ("commands", take_command)):
+        for identity, record in push.get(kind, {}).items():
+            take(pen, identity, record)
+    return "updated" if updated else "current"
+
+
+def take_messages(pen: Pen, identity: str, messages: list[Record]) -> None:
+    known = pen.get("conversations", identity)
+    if grave := pen.grave("conversations", identity):
+        messages, dead = risen(messages, grave)
+        pen.keep("conversations", identity, [message for message in dead if message not in grave["messages"]])
+        if not messages:
+            return
+    conversation = known or {"messages": []}
+    merged, losers = merge_messages(conversation["messages"], messages)
+    pen.keep("conversations", identity, losers)
+    pen.put("conversations", identity, {**conversation, "messages": merged})
+
+
+def take_document(pen: Pen, identity: str, document: Record) -> None:
+    known, grave = pen.get("documents", identity), pen.grave("documents", identity)
+    document = trust_clock({"id": identity, **document}, known, pen.now)
+    if grave and document["timestamp"] <= grave["before"]:
+        return pen.keep("documents", identity, [document] if document["content"] != grave.get("content") else [])
+    merged, losers = merge_document(known, document) if known else (document, [])
+    pen.keep("documents", identity, losers)
+    pen.put("documents", identity, merged)
+
+
+def take_command(pen: Pen, identity: str, command: Record) -> None:
+    known, grave = pen.get("commands", identity), pen.grave("commands", identity)
+    if grave and not known and command.get("updatedAt", command.get("createdAt", 0)) <= grave["before"]:
+        return
+    put_command(pen, known, merge_command(known, {**command, "id": identity}, pen.now))
+
+
+def put_command(pen: Pen, known: Record | None, command: Record) -> Record:
+    """Write *command* if it is not as it was *known*, move lastUpdate to now, and return it."""
+    if command != known:
+        pen.put("commands", command["id"], command)
+        pen.touch(pen.now)
+    return command
+
+
+def show(delta: Delta, last_update: float, now: int, kinds: Iterable[str], statuses: set[str]) -> bytes:
+    """Return the sync document of *delta*, from bytes that are already encoded."""
+    encode = msgspec.json.encode
+    shown = []
+    for kind in kinds:
+        records = delta.changed[kind].items()
+        if kind == "commands" and statuses:
+            records = {key: entry for key, entry in records if entry.status() in statuses}.items()
+        body = b",".join(encode(identity) + b":" + entry.newer(delta.since) for identity, entry in records)
+        shown.append(b'"%s":{%s}' % (kind.encode(), body))
+    tail: Record = {"lastUpdate": last_update if last_update % 1 else int(last_update), "cursor": delta.cursor}
+    tail |= {"serverTime": now} | ({"full": True} if delta.full else {})
+    if delta.since:
+        tail["deleted"] = {kind: delta.deleted[kind] for kind in kinds if delta.deleted[kind]}
+    return b"{" + b",".join(shown) + b"," + encode(tail)[1:]
+
+
+class Service:
+    """The routes, and the one plugin through which every request passes: token, errors, request id."""
+
+    name, api = "kirosync", 2  # as Bottle wants a plugin to be
+
+    def __init__(self, store: Store, token: str, host: str = "127.0.0.1", port: int = 0, threads: int = THREADS):
+        self.store, self.token, self.host, self.port = store, token, host, port
+        self.started = time.monotonic()
+        self.waiters = threading.BoundedSemaphore(max(1, threads - max(2, threads // 4)))
+        self.app: Any = bottle.Bottle()
+        self.app.config["catchall"] = False  # answer() catches; beyond it a failure is waitress's to report
+        self.app.default_error_handler = self.unrouted
+        self.app.install(self)
+        for route in ROUTES:
+            self.app.route(route.path, route.method, getattr(self, route.handler), public=route.public)
+
+    def apply(self, handler: Callable[..., Any], route: Any) -> Callable[..., bytes]:
+        return lambda **arguments: self.answer(lambda: handler(**arguments), route.config.get("public", False))
+
+    def unrouted(self, error: Any) -> bytes:
+        """Answer what Bottle could not route: 404 and 405, for who has a token."""
+
+        def refuse() -> None:
+            method, path = bottle.request.method, bottle.request.path
+            if error.status_code == 405:
+                allowed = error.get_header("Allow", "")
+                raise NotAllowed(f"{method} is not for {path}; possible: {allowed}", allowed=allowed.split(","))
+            raise NotFound(f"there is no {path}; GET /docs lists what there is")
+
+        return self.answer(refuse, public=False)
+
+    def answer(self, handler: Callable[[], Any], public: bool) -> bytes:
+        """Return the body of what *handler* answers or raises, and set the status and the headers."""
+        request, response = bottle.request, bottle.response
+        identity = request.get_header("X-Request-Id", "")
+        identity = identity if re.fullmatch(r"[\w.-]{1,64}", identity, re.ASCII) else secrets.token_hex(8)
+        response.set_header("X-Request-Id", identity)
+        response.content_type = "application/json"
+        try:
+            if not public:
+                self.authenticate()
+            check_path(request.environ.get("bottle.raw_path", ""))
+            body = handler()
+        except Refusal as refusal:
+            response.status = refusal.status
+            if refusal.status == 401:
+                response.set_header("WWW-Authenticate", "Bearer")
+            body = refusal.body()
+        except Exception:  # a defect of ours: the caller learns where to look, the log learns what
+            log.exception("request %s: %s %s failed", identity, request.method, request.path)
+            response.status = 500
+            body = {"error": "Internal Server Error", "message": "see the log for this request", "requestId": identity}
+        return self.compress(body if isinstance(body, bytes) else msgspec.json.encode(body))
+
+    def compress(self, body: bytes) -> bytes:
+        if len(body) >= GZIP_BYTES and "gzip" in bottle.request.get_header("Accept-Encoding", ""):
+            bottle.response.set_header("Content-Encoding", "gzip")
+            body = gzip.compress(body, 1, mtime=0)
+        bottle.response.add_header("Vary", "Accept-Encoding")
+        return body
+
+    def authenticate(self) -> None:
+        scheme, _, token = bottle.request.get_header("Authorization", "").partition(" ")
+        given = token.strip().encode("latin-1", "replace")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given, self.token.encode()):
+            raise Unauthorized
+
+    # What a request says
+
+    def body(self) -> Record:
+        """Return the JSON object that was sent; raise NotJson, TooLarge or Malformed."""
+        request = bottle.request
+        kind = (request.content_type or "").partition(";")[0].strip().lower()
+        if kind not in ("", "application/json") and not kind.endswith("+json"):
+            raise NotJson(f"the body is {kind}; send JSON, with Content-Type: application/json")
+        length = max(0, request.content_length)
+        if length > BODY_BYTES:
+            raise TooLarge(f"the body has {length} bytes, {BODY_BYTES} are possible", limit=BODY_BYTES)
+        raw = request.environ["wsgi.input"].read(length)
+        if not raw.strip():
+            raise Malformed("", "the body is empty; a JSON object belongs there")
+        return check(dict[str, Any], decode(raw), "")  # type: ignore[no-any-return]
+
+    def seconds(self, name: str = "wait") -> float:
+        """Return how long (s) the caller is ready to wait, at most WAIT_S."""
+        text = bottle.request.query.get(name, "0")
+        if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", text):
+            raise Malformed(name, f"must be a number of seconds, 0 to {WAIT_S}")
+        return min(float(text), WAIT_S)
+
+    def listed(self, name: str, possible: Iterable[str]) -> list[str]:
+        """Return what the query parameter *name* lists, separated by commas, each of which must be *possible*."""
+        names = [part for part in bottle.request.query.get(name, "").split(",") if part]
+        for part in names:
+            if part not in possible:
+                raise Malformed(name, f"{part!r} is not one of {', '.join(possible)}")
+        return names
+
+    def hold(self, ready: Callable[[], Any], seconds: float) -> None:
+        """Return when *ready* says so, or after *seconds*; at once if too many requests are held already."""
+        until = time.monotonic() + seconds
+        if seconds <= 0 or not self.waiters.acquire(blocking=False):
+            return
+        try:
+            while not self.store.closed and (left := until - time.monotonic()) > 0:
+                revision = self.store.revision
+                if ready():
+                    return
+                self.store.wait(revision, left)
+        finally:
+            self.waiters.release()
+
+    # What is answered
+
+    def get_home(self) -> Any:
+        """The page; what this service is, for who accepts application/json."""
+        if "text/html" not in bottle.request.get_header("Accept", ""):
+            return {"service": "kirosync", "version": __version__, "docs": "/docs", "health": "/health"}
+        bottle.response.content_type = "text/html; charset=utf-8"
+        page = Path(__file__).with_name("console.html")
+        return page.read_bytes() if page.exists() else docs_page()
+
+    def get_docs(self) -> bytes:
+        """This page."""
+        bottle.response.content_type = "text/html; charset=utf-8"
+        return docs_page()
+
+    def get_health(self) -> Record:
+        """Whether the service is up: {status, timestamp, server: {running, port, host, uptime in s}}."""
+        moment = datetime.datetime.fromtimestamp(self.store.clock() / 1000, datetime.UTC)
+        uptime = round(time.monotonic() - self.started, 3)
+        server = {"running": True, "port": self.port, "host": self.host, "uptime": uptime}
+        return {"status": "healthy", "timestamp": f"{moment:%FT%T}Z", "server": server}
+
+    def get_sync(self) -> bytes:
+        """All conversations, documents and commands, with lastUpdate and a cursor.
+
+        ?since=CURSOR gives what changed after it: of a conversation the new messages, and in "deleted"
+        {kind: [ids]}. Take out what is deleted, merge the rest into your copy, and it is the server's
+        state. A cursor that is not known here gives everything, and "full": true. &wait=SECONDS holds
+        the answer until something changes. ?only=commands,documents and ?status=pending,processing
+        filter. The ETag, sent back as If-None-Match, gives 304 when nothing has changed.
+        """
+        query, kinds, statuses = bottle.request.query, self.listed("only", KINDS), self.listed("status", NEXT)
+        since, seconds = query.get("since"), self.seconds()
+        kinds = kinds or list(KINDS)
+        if since:
+            self.hold(lambda: any(delta_of(self.store.delta(since), kinds)), seconds)
+        delta = self.store.delta(since)
+        tag = f'W/"{delta.cursor}"'
+        bottle.response.set_header("ETag", tag)
+        if tag in bottle.request.get_header("If-None-Match", ""):
+            bottle.response.status = 304
+            return b""
+        return show(delta, self.store.last_update, self.store.clock(), kinds, set(statuses))
+
+    def post_sync(self) -> bytes:
+        """Merge what is sent, the whole state or a part of it: {"status": "updated" | "current", "data": state}.
+
+        "updated" if the lastUpdate sent is later than the server's, which then becomes the one sent. The
+        records are merged in both cases: no message is dropped because of a clock. With ?since=CURSOR the
+        data is what changed after it, and what became of that which was sent.
+        """
+        push = check_push(self.body())
+        status = self.store.change(lambda pen: take_push(pen, push))
+        delta = self.store.delta(bottle.request.query.get("since"))
+        for kind in KINDS:
+            for identity in push.get(kind, {}) if delta.since else ():
+                if entry := self.store.entries[kind].get(identity):
+                    delta.changed[kind][identity] = entry
+        state = show(delta, self.store.last_update, self.store.clock(), KINDS, set())
+        return b'{"status":"%s","data":%s}' % (status.encode(), state)
+
+    def post_command(self) -> Any:
+        """Queue a command: {"commandId", "status": "pending"}. ?wait=SECONDS answers when it has ended."""
+        order = check_command(self.body())
+        if own := SET_LATER & order.keys():
+            raise Malformed(min(own), "is set by the service; send it under another name")
+
+        def queue(pen: Pen) -> str:
+            identity = f"cmd-{pen.now}-{secrets.token_hex(5)}"
+            put_command(pen, None, {"id": identity, **new_command(order, pen.now)})
+            return identity
+
+        identity = self.store.change(queue)
+        self.hold(lambda: self.status_of(identity) in ENDED, seconds := self.seconds())
+        entry = self.store.get("commands", identity)
+        shown = entry.record(identity) if entry and seconds else {"status": "pending"}
+        return {"commandId": identity, **{key: value for key, value in shown.items() if key != "id"}}
+
+    def get_commands(self) -> Record:
+        """{"commands": {id: command}}, the latest first. ?status=, ?type= and ?limit= (100) choose."""
+        query, statuses = bottle.request.query, self.listed("status", NEXT)
+        kinds, limit = self.listed("type", COMMANDS), query.get("limit", "100")
+        if not re.fullmatch(r"\d{1,6}", limit):
+            raise Malformed("limit", "must be a whole number")
+        entries = sorted(self.store.delta(None).changed["commands"].items(), key=lambda item: -item[1].revision)
+        records = ((identity, msgspec.json.decode(entry.wire)) for identity, entry in entries)
+        chosen = (
+            (identity, command)
+            for identity, command in records
+            if (not statuses or command["status"] in statuses) and (not kinds or command["type"] in kinds)
+        )
+        return {"commands": dict(itertools.islice(chosen, int(limit)))}
+
+    def get_command(self, identity: str) -> bytes:
+        """The command as it stands. ?wait=SECONDS answers when it has ended, or with its state by then."""
+        self.hold(lambda: self.status_of(identity) in ENDED, self.seconds())
+        return found("commands", self.store.get("commands", identity)).wire
+
+    def patch_command(self, identity: str) -> Record:
+        """Report on a command; the answer is all of it.
+
+        {"status": "processing"} claims it: one gets it, the others 409. With "agent" and "lease" (s) the
+        claim is lost unless it is renewed in time. {"status": "completed" | "failed", "result", "error"}
+        ends it. A command that has ended stays as it is: the same report again is 200, another 409.
+        """
+        patch = check(PATCH, self.body(), "")
+
+        def report(pen: Pen) -> Record:
+            known = found("commands", pen.get("commands", identity))
+            return put_command(pen, known, advance(known, patch, pen.now))
+
+        return {key: value for key, value in self.store.change(report).items() if key != "id"}
+
+    def delete_command(self, identity: str) -> Record:
+        """Remove a command that is not running."""
+        return self.delete("commands", identity)
+
+    def delete_conversation(self, identity: str) -> Record:
+        """Remove a conversation. Its messages do not come back from who still has them; newer ones do."""
+        return self.delete("conversations", identity)
+
+    def delete_document(self, identity: str) -> Record:
+        """Remove a document. It does not come back from who still has it; a newer version does."""
+        return self.delete("documents", identity)
+
+    def delete(self, kind: str, identity: str) -> Record:
+        def remove(pen: Pen) -> None:
+            if found(kind, pen.get(kind, identity)).get("status") == "processing":
+                raise Conflict(f"{identity} is being executed; it can be deleted when it has ended")
+            pen.delete(kind, identity, pen.now)
+
+        self.store.change(remove)
+        return {"deleted": identity}
+
+    def status_of(self, identity: str) -> str | None:
+        entry = self.store.get("commands", identity)
+        return entry.status() if entry else "failed"
+
+    def sweep(self) -> None:
+        """End the commands that are overdue, as they become so, until the store is closed."""
+        due: dict[str, float] = {}
+        cursor = None
+        while not self.store.closed:
+            delta = self.store.delta(cursor)
+            cursor = delta.cursor
+            for identity, entry in delta.changed["commands"].items():
+                due[identity] = deadline(entry.record(identity)) or float("inf")
+            now = self.store.clock()
+            if late := [identity for identity, moment in due.items() if moment < now]:
+                self.store.change(lambda pen, late=late: expire(pen, late))  # type: ignore[misc]
+            due = {identity: moment for identity, moment in due.items() if now <= moment < float("inf")}
+            time.sleep(SWEEP_S)
+
+
+def expire(pen: Pen, identities: list[str]) -> None:
+    for identity in identities:
+        if known := pen.get("commands", identity):
+            put_command(pen, known, overdue(known, pen.now))
+
+
+def found(kind: str, record: T | None) -> T:
+    if record is None:
+        raise NotFound(f"{SINGULAR[kind]} not found")
+    return record
+
+
+def delta_of(delta: Delta, kinds: Iterable[str]) -> Iterator[Any]:
+    """Yield what *delta* says of *kinds*: anything, if there is something new."""
+    yield delta.full
+    for kind in kinds:
+        yield from (delta.changed[kind], delta.deleted[kind])
+
+
+def decode(raw: bytes) -> Any:
+    try:
+        return msgspec.json.decode(raw)
+    except RecursionError:
+        raise Malformed("", f"the body is nested more than {NESTING} deep") from None
+    except ValueError as error:
+        lone = " (half of a surrogate pair is no text)" if re.search(rb"\\u[dD][89a-fA-F]", raw) else ""
+        raise Malformed("", f"the body is not JSON: {error}{lone}") from None
+
+
+def check_path(path: str) -> None:
+    try:
+        path.encode("latin-1").decode()
+    except UnicodeDecodeError:
+        raise Malformed("path", "is not UTF-8") from None
+
+
+def docs_page() -> bytes:
+    """Return the documentation, made from the routes and the tables above."""
+
+    def fields(table: dict[str, Any]) -> str:
+        return ", ".join(table) or "none"
+
+    routes = "".join(
+        f"<h3><code>{route.method} {html.escape(re.sub('<.*>', 'ID', route.path))}</code>"
+        f"{' <small>public</small>' if route.public else ''}</h3>"
+        f"<p>{html.escape(inspect.getdoc(getattr(Service, route.handler)) or '')}</p>"
+        for route in ROUTES
+    )
+    types = "".join(
+        f"<tr><td><code>{kind}</code><td>{fields(required)}<td>{fields(optional)}"
+        for kind, (required, optional) in ORDERS.items()
+    )
+    refusals = "".join(f"<li>{kind.status} {kind.__name__}" for kind in Refusal.__subclasses__())
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>kirosync {__version__}</title>
+<meta name="viewport" content="width=device-width">
+<style>body{{max-width:46em;margin:2em auto;padding:0 1em;font:16px/1.5 system-ui}}p{{white-space:pre-line}}
+td,th{{text-align:left;padding:.2em 1em .2em 0;vertical-align:top}}small{{color:#666}}</style>
+<h1>kirosync {__version__}</h1>
+<p>One queue and one shared memory for an IDE, an agent and a human. Everything that is not public wants
+the header <code>Authorization: Bearer TOKEN</code>. Bodies are JSON, up to {BODY_BYTES >> 20} MiB. Timestamps are Unix
+milliseconds.</p><h2>Routes</h2>{routes}<h2>Commands</h2>
+<table><tr><th>type<th>required<th>optional{types}</table>
+<p>Optional for all: {fields(ORDER)}. Times in a command's options are seconds. A command is pending, processing,
+completed or failed; its outcome says how it ended: {", ".join(get_args(Outcome))}.</p>
+<h2>Records</h2><p>conversations: {{id: [message]}}, a message: {fields(MESSAGE.__annotations__)}
+documents: {{id: document}}, a document: {fields(DOCUMENT.__annotations__)}
+commands: {{id: command}}, a command: {fields(COMMAND.__annotations__)}
+Other fields are kept as they are. An id has 1 to {ID_CHARACTERS} characters, none of them a control character.</p>
+<h2>Refusals</h2><p>An error is JSON: {{"error": a sentence}}, and "field" where one is at fault.</p><ul>{refusals}</ul>
+""".encode()
+
+
+class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
+    """Says in JSON what waitress itself refuses: a request that is no HTTP, or too large."""
+
+    def execute(self) -> None:
+        refused = self.request.error
+        refused.to_response = lambda ident=None: (
+            f"{refused.code} {refused.reason}",
+            [("Content-Type", "application/json"), ("X-Request-Id", secrets.token_hex(8))],
+            msgspec.json.encode({"error": refused.reason, "message": refused.body}),
+        )
+        super().execute()
+
+
+class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
+    error_task_class = JsonErrorTask
+
+
+# ---------------------------------------------------------------------------------------- Main
+# The only code that knows argv and the environment.
+
+
+def token_of(directory: Path) -> str:
+    """Return the token from KIROSYNC_TOKEN, else from the state directory, where it is made once."""
+    if token := os.environ.get("KIROSYNC_TOKEN"):
+        return token
+    path = directory / "token"
+    with contextlib.suppress(FileExistsError), open(path, "x", opener=lambda p, f: os.open(p, f, 0o600)) as file:
+        file.write(secrets.token_urlsafe(32) + "\n")
+    return path.read_text().strip()
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of every request that waits a moment
+    store = Store(Path(arguments.state))
+    service = Service(store, token_of(store.directory), arguments.host, arguments.port, arguments.threads)
+    server = waitress.server.create_server(
+        service.app,
+        host=arguments.host,
+        port=arguments.port,
+        threads=arguments.threads,
+        connection_limit=1000,
+        max_request_body_size=BODY_BYTES + 1,
+        ident="kirosync",
+    )
+    server.channel_class = Channel
+    for work in (store.follow, service.sweep):
+        threading.Thread(target=work, daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    log.info("kirosync %s on http://%s:%s, state in %s", __version__, arguments.host, arguments.port, store.directory)
+    server.run()
+    store.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="kirosync.py", description="One queue and one shared memory.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("serve", help="run the service")
+    beside = Path(__file__).absolute().with_name("state")
+    command.add_argument("--host", default=os.environ.get("KIROSYNC_HOST", "127.0.0.1"))
+    command.add_argument("--port", type=int, default=int(os.environ.get("KIROSYNC_PORT", "3001")))
+    command.add_argument("--state", default=os.environ.get("KIROSYNC_STATE", str(beside)))
+    command.add_argument("--threads", type=int, default=THREADS)
+    command.set_defaults(run=serve)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()
