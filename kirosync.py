@@ -167,6 +167,7 @@ SWEEP_S = 1.0  # between looks for commands that are overdue
 SLACK_LINES = 1000  # a journal is compacted when it is twice its records and this long
 EPOCHS = 256  # starts of a service that cursors are remembered for
 GZIP_BYTES = 1024  # smaller answers gain nothing
+CONNECTIONS = 1000  # open at once: each takes a descriptor, few of them a thread
 THREADS = 16  # of the server; a long poll holds one
 
 
@@ -506,7 +507,7 @@ def end(command: Record, now: int) -> Record:
     result = command.get("result")
     exited = isinstance(result, dict) and result.get("exitCode") not in (0, None)
     outcome = "ok" if command["status"] == "completed" else "exit" if exited else "error"
-    return {"outcome": outcome, **command, "endedAt": now}
+    return {**command, "outcome": command.get("outcome", outcome), "endedAt": now}
 
 
 def deadline(command: Record) -> float | None:
@@ -918,6 +919,135 @@ class Pen:
         self.lines.append(Line(self.revision, self.now, self.last_update, kind, identity, op, crc))
 
 
+def temporary_of(path: Path, revision: int) -> Path:
+    """Return where *path* is written aside: hidden, near by, and found again by its revision."""
+    folder = path.parents[2] if path.parents[2].name == "history" else path.parent
+    return folder / f".{path.name}.{revision}"
+
+
+def write_all(fd: int, text: bytes) -> None:
+    while text:
+        text = text[os.write(fd, text) :]
+
+
+def sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)  # the name, not only the contents
+    finally:
+        os.close(fd)
+
+
+def set_aside(files: dict[Path, tuple[int, bytes]]) -> dict[Path, Stamp]:
+    """Write and sync each of {path: (revision, bytes)} beside its place; on failure leave nothing behind."""
+    opened: dict[Path, int] = {}
+    try:
+        for path, (revision, text) in files.items():
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+            opened[path] = os.open(temporary_of(path, revision), flags, 0o600)
+            write_all(opened[path], text)
+        for fd in opened.values() if len(opened) > 1 else ():
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # starts writing: the syncs then overlap
+        for fd in opened.values():
+            os.fsync(fd)  # contents before name
+        return {path: stamp_of(os.fstat(fd)) for path, fd in opened.items()}
+    except OSError:
+        for path in opened:
+            temporary_of(path, files[path][0]).unlink()
+        raise
+    finally:
+        for fd in opened.values():
+            os.close(fd)
+
+
+def put_in_place(files: Iterable[tuple[Path, int]]) -> None:
+    """Rename what was set aside for each (path, revision), and sync the folders.
+
+    A tombstone's record goes first: as long as the tombstone waits, the deletion can be completed.
+    """
+    folders = set()
+    for path, revision in files:
+        if path.parts[-3] == "deleted":
+            record = path.parents[2] / path.parent.name / path.name
+            record.unlink(missing_ok=True)
+            sync_folder(record.parent)
+        temporary_of(path, revision).rename(path)
+        folders.add(path.parent)
+    for folder in folders:
+        sync_folder(folder)
+
+
+class Journal:
+    """The file that numbers every change. To enter a line is the point of no return of a commit."""
+
+    FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fd = os.open(path, self.FLAGS, 0o600)
+        self.known = (0, 0)  # the inode, and the size up to which it has been read
+
+    def moved(self) -> bool:
+        """Return whether someone else has entered a line, or replaced the file; costs one stat."""
+        try:
+            status = os.stat(self.path)
+        except FileNotFoundError:
+            return True
+        return (status.st_ino, status.st_size) != self.known
+
+    def grown(self) -> bool:
+        """Return whether it is the file that was read before, with more behind that."""
+        try:
+            status = os.stat(self.path)
+        except FileNotFoundError:
+            return False
+        return status.st_ino == self.known[0] and status.st_size >= self.known[1]
+
+    def read(self) -> list[Line]:
+        """Return the new lines. A torn last line was never acknowledged: it is cut off."""
+        start, lines = self.known[1], []
+        raw = os.pread(self.fd, os.fstat(self.fd).st_size - start, start)
+        whole = raw.rfind(b"\n") + 1
+        if whole < len(raw):
+            os.ftruncate(self.fd, start + whole)
+        for text in raw[:whole].splitlines():
+            try:
+                line = msgspec.json.decode(text, type=Line)
+                lines += [line] if line.kind not in KINDS or check_id(line.id) else []
+            except (ValueError, Malformed) as error:
+                log.warning("a line of the journal cannot be read and is passed over: %s", error)
+        self.mark()
+        return lines
+
+    def enter(self, lines: Iterable[Line]) -> None:
+        """Append *lines* and sync; all of them, or none and OSError."""
+        size = os.fstat(self.fd).st_size
+        try:
+            write_all(self.fd, b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
+            os.fdatasync(self.fd)
+        except OSError:
+            os.ftruncate(self.fd, size)
+            raise
+        self.mark()
+
+    def rewrite(self, lines: Iterable[Line]) -> None:
+        """Replace the file by one of these *lines*, oldest first."""
+        text = b"".join(msgspec.json.encode(line) + b"\n" for line in sorted(lines, key=lambda line: line.revision))
+        set_aside({self.path: (0, text)})
+        put_in_place([(self.path, 0)])
+        os.close(self.fd)
+        self.fd = os.open(self.path, self.FLAGS)
+
+    def mark(self) -> None:
+        status = os.fstat(self.fd)
+        self.known = status.st_ino, status.st_size
+
+    def close(self) -> None:
+        os.close(self.fd)
+        self.fd = -1
+
+
 def nothing(pen: Pen) -> None:
     """The rule that changes nothing; to run it is to take in what others did."""
 
@@ -928,12 +1058,12 @@ class Ticket(Generic[T]):
     def __init__(self, rule: Callable[[Pen], T]) -> None:
         self.rule = rule
         self.answer: T | None = None
-        self.error: BaseException | None = None
+        self.error: Exception | None = None
         self.settled = False
 
 
 class Store:
-    """The state directory. Opening it repairs what a crash left; closing it is a courtesy.
+    """The state directory. Opening it repairs what a crash left.
 
     Any number of threads and processes may have it open. ``kinds`` are those that this one reads.
     """
@@ -951,14 +1081,14 @@ class Store:
         self._queued = threading.Condition()  # guards the queue; told when a commit has ended
         self._committing, self._together = False, 0
         self._suspects: dict[tuple[str, str], int] = {}  # (kind, name): when to look at it again, in ms
-        self._journal, self._mark = -1, (0, 0)  # its descriptor; the inode and size up to which it is known
-        self._reopen = True
+        self._sound = False  # else the directory is to be read anew
         self._make_folders()
         self._lock = filelock.FileLock(
             self.directory / ".lock", timeout=LOCK_S, poll_interval=LOCK_POLL_S, thread_local=False, mode=0o600
         )
         if self.kinds != KINDS and not (self.directory / "journal.jsonl").exists():
             Store(self.directory, clock=clock).close()  # only who reads all kinds can rebuild the journal
+        self._journal = Journal(self.directory / "journal.jsonl")
         self.change(nothing)
 
     def path(self, kind: str, identity: str) -> Path:
@@ -979,11 +1109,12 @@ class Store:
         self.refresh()
         with self.changed:
             since = self._since(cursor)
+            if since is None:
+                everything = {kind: dict(self.entries[kind]) for kind in self.kinds}
+                nobody: dict[str, list[str]] = {kind: [] for kind in self.kinds}
+                return Delta(cursor is not None, self.revision, self.cursor, everything, nobody, 0)
             changed: dict[str, dict[str, Entry]] = {kind: {} for kind in self.kinds}
             deleted: dict[str, list[str]] = {kind: [] for kind in self.kinds}
-            if since is None:
-                changed = {kind: dict(self.entries[kind]) for kind in self.kinds}
-                return Delta(cursor is not None, self.revision, self.cursor, changed, deleted, 0)
             for (kind, identity, op), revision in reversed(self.recent.items()):
                 if revision <= since:
                     break
@@ -1004,13 +1135,13 @@ class Store:
 
     def refresh(self) -> None:
         """Take in what other processes have journaled. Costs one stat when there is nothing new."""
-        if self._journal_moved():
+        if self._journal.moved():
             self.change(nothing)
 
     def _since(self, cursor: str | None) -> int | None:
         """Return the revision of a *cursor* that was given out on this directory's own past, else None."""
         epoch, _, number = (cursor or "").partition(".")
-        if not re.fullmatch(r"\d{1,15}", number):
+        if not re.fullmatch(r"[0-9]{1,15}", number):
             return None
         for (name, start), (_, stop) in itertools.pairwise([*self.epochs, ("", self.revision)]):
             if name == epoch and start <= int(number) <= stop:
@@ -1055,7 +1186,8 @@ class Store:
         try:
             with self._locked():
                 self._catch_up()
-                pen = self._adopt_suspects(Pen(self, self.clock()))
+                pen = Pen(self, self.clock())
+                self._adopt_suspects(pen)
                 for ticket in tickets:
                     pen = self._try(ticket, pen)
                 if pen.lines:
@@ -1064,6 +1196,14 @@ class Store:
             for ticket in tickets:
                 if ticket.rule is not nothing:
                     ticket.error = ticket.error or (refusal_of(error) if isinstance(error, OSError) else error)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            with self._lock:
+                yield
+        except filelock.Timeout:
+            raise Busy(f"another process has held {self.directory / '.lock'} for {LOCK_S:.0f} s; try again") from None
 
     def _try(self, ticket: Ticket[Any], pen: Pen) -> Pen:
         """Return the pen after the rule of *ticket*, or as it was if the rule failed."""
@@ -1078,78 +1218,28 @@ class Store:
     def _write(self, pen: Pen) -> None:
         """Make everything that *pen* holds durable, then visible."""
         history = {path: (0, text) for path, text in pen.history.items() if not path.exists()}
-        self._put_in_place(self._set_aside(history))
-        aside = self._set_aside(pen.files)
-        size = os.fstat(self._journal).st_size
+        set_aside(history)
+        put_in_place((path, 0) for path in history)
+        stamps = set_aside(pen.files)
+        moves = [(path, revision) for path, (revision, _) in pen.files.items()]
         try:
-            self._append(pen.lines)
+            self._journal.enter(pen.lines)
         except OSError:
-            os.ftruncate(self._journal, size)  # a commit that was not entered has not happened
-            for temporary, _ in aside.values():
-                temporary.unlink()
+            for path, revision in moves:
+                temporary_of(path, revision).unlink()
             raise
-        try:
-            self._put_in_place(aside)
-        except OSError:
-            self._reopen = True  # the journal has it: the next to take the lock completes it
-            raise
-        self._show(pen, {path: stamp for path, (_, stamp) in aside.items()})
-
-    def _set_aside(self, files: dict[Path, tuple[int, bytes]]) -> dict[Path, tuple[Path, Stamp]]:
-        """Write and sync each of {path: (revision, bytes)} beside its place; on failure leave nothing behind."""
-        aside: dict[Path, tuple[Path, Stamp]] = {}
-        opened: list[int] = []
-        try:
-            for path, (revision, text) in files.items():
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                temporary = temporary_of(path, revision)
-                opened.append(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
-                aside[path] = temporary, (0, 0, 0)
-                write_all(opened[-1], text)
-            for fd in opened if len(opened) > 1 else ():
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # starts writing: the syncs then overlap
-            for path, fd in zip(aside, opened, strict=True):
-                os.fsync(fd)  # contents before name
-                aside[path] = aside[path][0], stamp_of(os.fstat(fd))
-        except OSError:
-            for temporary, _ in aside.values():
-                temporary.unlink()
-            raise
-        finally:
-            for fd in opened:
-                os.close(fd)
-        return aside
-
-    def _put_in_place(self, aside: dict[Path, tuple[Path, Stamp]]) -> None:
-        for path, (temporary, _) in aside.items():
-            self._finish(temporary, path)
-        for folder in {path.parent for path in aside}:
-            sync_folder(folder)
-
-    def _finish(self, temporary: Path, path: Path) -> None:
-        """Rename a file into its place. A tombstone's record goes first: while it waits, it can be completed."""
-        if path.parent.parent.name == "deleted":
-            record = self.directory / path.parent.name / path.name
-            record.unlink(missing_ok=True)
-            sync_folder(record.parent)
-        temporary.rename(path)
-
-    def _append(self, lines: list[Line]) -> None:
-        write_all(self._journal, b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
-        os.fdatasync(self._journal)  # the point of no return
-
-    def _show(self, pen: Pen, stamps: dict[Path, Stamp]) -> None:
-        """Let readers see what *pen* wrote."""
+        self._sound = False  # should a rename fail: the journal has it, so whoever comes next completes it
+        put_in_place(moves)
+        self._sound = True
         with self.changed:
             for (kind, identity), entry in pen.entries.items():
                 if entry is None:
                     self.entries[kind].pop(identity, None)
                 else:
-                    path = self.path(kind, identity)
-                    self.entries[kind][identity] = entry._replace(stamp=stamps.get(path, entry.stamp))
+                    stamp = stamps.get(self.path(kind, identity), entry.stamp)
+                    self.entries[kind][identity] = entry._replace(stamp=stamp)
             for line in pen.lines:
                 self._note(line)
-            self._mark_journal()
             self.changed.notify_all()
 
     def _note(self, line: Line) -> None:
@@ -1158,7 +1248,7 @@ class Store:
         if line.op == "open":
             self.epochs = [*self.epochs, (line.id, line.revision)][-EPOCHS:]
             return
-        for op in ("put", line.op) if line.op in ("delete", "quarantine") else (line.op,):
+        for op in {line.op, "put"} if line.op in ("delete", "quarantine") else {line.op}:
             self.recent.pop((line.kind, line.id, op), None)
         self.recent[line.kind, line.id, line.op] = line.revision
 
@@ -1168,24 +1258,23 @@ class Store:
         """Take in what is done to the directory by others, as it happens, until the store is closed."""
         watch = Watch(self.directory, self.kinds)
         while not self.closed:
-            names = watch.wait(0.5)
+            names = watch.wait(LOOK_S / 3)
             try:
                 self.notice(names)
             except Refusal as refusal:
-                log.warning("a change by hand waits: %s", refusal)
-                time.sleep(SETTLE_S)
+                log.warning("what others did must wait: %s", refusal)
         watch.close()
 
     def notice(self, names: set[tuple[str, str]] | None) -> None:
         """Take in what was done to the files *names*, (kind, file name), or to any file if that is None."""
         if names is None:
-            names = {(kind, file) for kind in self.kinds for file in self._differing(kind)}
+            names = {(kind, file) for kind in self.kinds for file in self._all_files(kind)}
         now = self.clock()
         for kind, file in names:
-            if kind in self.kinds and file.endswith(".json") and not file.startswith("."):
-                if self.differs(kind, file[:-5]):
-                    self._suspects[kind, file[:-5]] = now
-        if self._journal_moved() or any(when <= now for when in [*self._suspects.values()]):
+            record = kind in self.kinds and file.endswith(".json") and not file.startswith(".")
+            if record and self.differs(kind, file[:-5]):
+                self._suspects[kind, file[:-5]] = now
+        if self._journal.moved() or any(when <= now for when in [*self._suspects.values()]):
             self.change(nothing)
 
     def differs(self, kind: str, name: str) -> bool:
@@ -1196,18 +1285,21 @@ class Store:
         except FileNotFoundError:
             return entry is not None
 
-    def _differing(self, kind: str) -> Iterator[str]:
-        gone = {f"{name_of(identity)}.json" for identity in [*self.entries[kind]]}
-        with os.scandir(self.directory / kind) as files:
-            for file in files:
-                gone.discard(file.name)
-                yield file.name
-        yield from gone
+    def _all_files(self, kind: str) -> set[str]:
+        """Return the names of the files of *kind*: those that are there, and those that should be."""
+        known = {f"{name_of(identity)}.json" for identity in [*self.entries[kind]]}
+        return known | set(os.listdir(self.directory / kind))
+
+    def _adopt_suspects(self, pen: Pen) -> None:
+        for (kind, name), when in [*self._suspects.items()]:
+            if when <= pen.now:
+                del self._suspects[kind, name]
+                if self.differs(kind, name):
+                    pen.adopt(kind, name)
 
     def postpone(self, kind: str, name: str, now: int) -> bool:
         """Return whether a file is so new that it may be half written, and then look at it again later."""
-        path = self.directory / kind / f"{name}.json"
-        young = now - os.lstat(path).st_mtime * 1000 < SETTLE_S * 1000
+        young = now - os.lstat(self.directory / kind / f"{name}.json").st_mtime * 1000 < SETTLE_S * 1000
         if young:
             self._suspects[kind, name] = now + round(SETTLE_S * 1000)
         return young
@@ -1219,61 +1311,20 @@ class Store:
         os.rename(self.directory / kind / f"{name}.json", place)
         log.warning("%s/%s.json is not a record and was moved to quarantine/%s: %s", kind, name, place.name, reason)
 
-    def _adopt_suspects(self, pen: Pen) -> Pen:
-        for (kind, name), when in [*self._suspects.items()]:
-            if when <= pen.now:
-                del self._suspects[kind, name]
-                if self.differs(kind, name):
-                    pen.adopt(kind, name)
-        return pen
-
-    # Opening
-
-    def _make_folders(self) -> None:
-        folders = ("deleted", *(f"deleted/{kind}" for kind in KINDS), "history", "quarantine", *KINDS)
-        for folder in (self.directory, *(self.directory / name for name in folders)):
-            folder.mkdir(mode=0o700, parents=folder == self.directory, exist_ok=True)
-        os.chmod(self.directory, 0o700)
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        try:
-            with self._lock:
-                yield
-        except filelock.Timeout:
-            raise Busy(f"another process has held {self.directory / '.lock'} for {LOCK_S:.0f} s; try again") from None
-
-    def _journal_moved(self) -> bool:
-        try:
-            status = os.stat(self.directory / "journal.jsonl")
-        except FileNotFoundError:
-            return True
-        return (status.st_ino, status.st_size) != self._mark
-
-    def _mark_journal(self) -> None:
-        status = os.fstat(self._journal)
-        self._mark = status.st_ino, status.st_size
-
     def _catch_up(self) -> None:
         """Take in the journal's new lines, completing what their writer did not live to complete."""
-        if not self._journal_moved() and not self._reopen:
+        if self._sound and not self._journal.moved():
             return
-        try:
-            status = os.stat(self.directory / "journal.jsonl")
-            grown = (status.st_ino, 0) == (self._mark[0], 0) and status.st_size >= self._mark[1]
-        except FileNotFoundError:
-            grown = False
-        if self._reopen or not grown:
+        if not self._sound or not self._journal.grown():
             return self._open()
-        lines = self._read_lines(self._mark[1])
+        lines = self._journal.read()
         last = {(line.kind, line.id, line.op): line for line in lines if line.kind in self.kinds}
-        self._complete([(self._target(line), line.revision) for line in last.values()])
+        self._complete((self._target(line), line.revision) for line in last.values())
         with self.changed:
             for line in lines:
                 self._note(line)
             for line in last.values():
                 self._take_in(line)
-            self._mark_journal()
             self.changed.notify_all()
 
     def _take_in(self, line: Line) -> None:
@@ -1293,60 +1344,47 @@ class Store:
     def _target(self, line: Line) -> Path:
         return (self.grave if line.op == "delete" else self.path)(line.kind, line.id)
 
-    def _complete(self, targets: Iterable[tuple[Path, int]]) -> None:
-        """Rename what was written aside for each (path, revision) and is still there: its writer died."""
-        for path, revision in targets:
-            temporary = temporary_of(path, revision)
-            if temporary.exists():
+    def _complete(self, moves: Iterable[tuple[Path, int]]) -> None:
+        """Make the renames, (path, revision), that a writer entered in the journal and did not live to make."""
+        for path, revision in moves:
+            if temporary_of(path, revision).exists():
                 log.warning("completing revision %d of %s: its writer was stopped", revision, path.name)
-                self._finish(temporary, path)
-                sync_folder(path.parent)
+                put_in_place([(path, revision)])
 
-    def _read_lines(self, start: int) -> list[Line]:
-        """Return the lines of the journal from byte *start*. A torn last line was never acknowledged: it is cut off."""
-        raw = os.pread(self._journal, os.fstat(self._journal).st_size - start, start)
-        whole = raw.rfind(b"\n") + 1
-        if whole < len(raw):
-            os.ftruncate(self._journal, start + whole)
-        lines = []
-        for text in raw[:whole].splitlines():
-            try:
-                line = msgspec.json.decode(text, type=Line)
-                lines.append(line if line.kind not in KINDS else (check_id(line.id), line)[1])
-            except (ValueError, Malformed) as error:
-                log.warning("a line of the journal cannot be read and is passed over: %s", error)
-        return lines
+    # Opening
+
+    def _make_folders(self) -> None:
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.chmod(self.directory, 0o700)
+        for name in ("deleted", *(f"deleted/{kind}" for kind in KINDS), "history", "quarantine", *KINDS):
+            (self.directory / name).mkdir(mode=0o700, exist_ok=True)
 
     def _open(self) -> None:
-        """Read the directory: the journal, then every record, and what the two do not agree on."""
-        if self._journal >= 0:
-            os.close(self._journal)
-        self._journal = os.open(
-            self.directory / "journal.jsonl", os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600
-        )
-        lines = self._read_lines(0)
+        """Read the directory: the journal, then every record, and note what the two do not agree on."""
+        self._journal.close()
+        self._journal = Journal(self._journal.path)
+        lines = self._journal.read()
         with self.changed:
             self.recent, self.epochs, self.revision, self.last_update = {}, [], 0, 0.0
             for line in lines:
                 self._note(line)
             self._clear_aside()
             last = {(line.kind, line.id, line.op): line for line in lines}
-            unknown = self._load({key: line for key, line in last.items() if key in self.recent})
+            last = {key: line for key, line in last.items() if key in self.recent}
+            unknown = self._load(last)
             for line in unknown:
                 self._note(line)
         if self.kinds == KINDS and len(lines) > 2 * len(self.recent) + SLACK_LINES:
-            opened = [line for line in lines if line.op == "open"][-EPOCHS:]
-            self._rewrite([*opened, *(line for key, line in last.items() if key in self.recent)])
+            self._journal.rewrite([*[line for line in lines if line.op == "open"][-EPOCHS:], *last.values()])
         epoch = Line(self.revision, self.clock(), self.last_update, "journal", secrets.token_hex(6), "open")
-        self._append([*unknown, epoch])
-        self._note(epoch)
+        self._journal.enter([*unknown, epoch])
         sync_folder(self.directory)
-        self._mark_journal()
-        self._reopen = False
+        self._note(epoch)
+        self._sound = True
 
     def _clear_aside(self) -> None:
         """Complete what was entered in the journal and not renamed; remove what was not entered."""
-        entered, history = [], self.directory / "history"
+        entered = []
         for kind, op in itertools.product(self.kinds, ("put", "delete")):
             folder = self.directory / (f"deleted/{kind}" if op == "delete" else kind)
             for file in folder.glob(".*"):
@@ -1355,34 +1393,37 @@ class Store:
                     entered.append((folder / f"{found[1]}.json", int(found[2])))
                 elif found:
                     file.unlink()
-        self._complete(sorted(entered, key=lambda target: target[1]))
-        for file in history.glob(".*") if self.kinds == KINDS else ():
+        self._complete(sorted(entered, key=lambda move: move[1]))
+        for file in (self.directory / "history").glob(".*") if self.kinds == KINDS else ():
             file.unlink()
 
     def _load(self, last: dict[tuple[str, str, str], Line]) -> list[Line]:
         """Read all records. Return lines for those that are newer than the journal: it was lost, or its end was."""
         unknown: list[Line] = []
         self.entries = {kind: {} for kind in self.kinds}
+        missing = {(kind, name_of(identity)) for kind, identity, op in last if op == "put" and kind in self.kinds}
         for kind in self.kinds:
-            for file in os.scandir(self.directory / kind):
-                name, suffix = os.path.splitext(file.name)
-                if suffix != ".json" or name.startswith("."):
-                    continue
-                self._suspects[kind, name] = 0
-                with contextlib.suppress(FileNotFoundError, Unreadable):
-                    entry, record = read_record(kind, name, Path(file.path))
-                    line = last.get((kind, record["id"], "put"))
-                    if entry.revision > self.revision and not line:
-                        moment = float(min(record.get("updatedAt") or record.get("timestamp") or 0, self.clock()))
-                        unknown.append(Line(entry.revision, moment, moment, kind, record["id"], "put", entry.crc))
-                    elif not line or entry.crc != line.crc:
-                        continue
-                    self.entries[kind][record["id"]] = entry
-                    del self._suspects[kind, name]
-        for kind, identity, op in last:
-            if op == "put" and kind in self.kinds and identity not in self.entries[kind]:
-                self._suspects[kind, name_of(identity)] = 0
+            for file in (self.directory / kind).glob("[!.]*.json"):
+                missing.discard((kind, file.stem))
+                line = last.get((kind, urllib.parse.unquote(file.stem), "put"))
+                if not self._accept(kind, file, line, unknown):
+                    self._suspects[kind, file.stem] = 0
+        self._suspects |= dict.fromkeys(missing, 0)
         return sorted([*unknown, *([] if last else self._graves())], key=lambda line: line.revision)
+
+    def _accept(self, kind: str, file: Path, line: Line | None, unknown: list[Line]) -> bool:
+        """Read a record and return whether it is what its *line* says, or newer than all lines."""
+        try:
+            entry, record = read_record(kind, file.stem, file)
+        except (FileNotFoundError, Unreadable):
+            return False
+        if not line and entry.revision > self.revision:
+            moment = float(min(record.get("updatedAt") or record.get("timestamp") or 0, self.clock()))
+            unknown.append(Line(entry.revision, moment, moment, kind, record["id"], "put", entry.crc))
+        elif not line or line.crc != entry.crc:
+            return False
+        self.entries[kind][record["id"]] = entry
+        return True
 
     def _graves(self) -> Iterator[Line]:
         """Yield a line for each tombstone; for a journal that was lost."""
@@ -1392,38 +1433,17 @@ class Store:
                     grave = msgspec.json.decode(file.read_bytes())
                     yield Line(grave["revision"], 0, 0, kind, urllib.parse.unquote(file.stem), "delete")
 
-    def _rewrite(self, lines: list[Line]) -> None:
-        """Replace the journal by *lines*: the last one of each record says all that the others said."""
-        path = self.directory / "journal.jsonl"
-        text = b"".join(msgspec.json.encode(line) + b"\n" for line in sorted(lines, key=lambda line: line.revision))
-        self._put_in_place(self._set_aside({path: (0, text)}))
-        os.close(self._journal)
-        self._journal = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
-
-    def close(self) -> None:
-        with self._queued, self.changed:
+    def release(self) -> None:
+        """Let go of everyone who waits for a change."""
+        with self.changed:
             self.closed = True
-            os.close(self._journal)
             self.changed.notify_all()
 
-
-def temporary_of(path: Path, revision: int) -> Path:
-    """Return where *path* is written aside: near by, hidden, and found again by its revision."""
-    folder = path.parents[2] if path.parents[2].name == "history" else path.parent
-    return folder / f".{path.name}.{revision}"
-
-
-def write_all(fd: int, text: bytes) -> None:
-    while text:
-        text = text[os.write(fd, text) :]
-
-
-def sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)  # the name, not only the contents
-    finally:
-        os.close(fd)
+    def close(self) -> None:
+        self.release()
+        with self._queued:
+            self._queued.wait_for(lambda: not self._committing)
+            self._journal.close()
 
 
 def refusal_of(error: OSError) -> Refusal:
@@ -1916,26 +1936,43 @@ def token_of(directory: Path) -> str:
     return path.read_text().strip()
 
 
+def listen(service: Service, threads: int) -> Any:
+    """Return the server, bound to its address; end the program in one line if that cannot be."""
+    try:
+        server = waitress.server.create_server(
+            service.app,
+            host=service.host,
+            port=service.port,
+            threads=threads,
+            connection_limit=CONNECTIONS,
+            max_request_body_size=BODY_BYTES + 1,  # it refuses what is as large as this
+            ident="kirosync",
+        )
+    except OSError as error:
+        sys.exit(f"kirosync: cannot listen on {service.host}:{service.port}: {error.strerror}; choose with --port")
+    server.channel_class = Channel
+    return server
+
+
 def serve(arguments: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of every request that waits a moment
     store = Store(Path(arguments.state))
     service = Service(store, token_of(store.directory), arguments.host, arguments.port, arguments.threads)
-    server = waitress.server.create_server(
-        service.app,
-        host=arguments.host,
-        port=arguments.port,
-        threads=arguments.threads,
-        connection_limit=1000,
-        max_request_body_size=BODY_BYTES + 1,
-        ident="kirosync",
-    )
-    server.channel_class = Channel
+    server = listen(service, arguments.threads)
+    service.port = int(server.effective_port)
     for work in (store.follow, service.sweep):
         threading.Thread(target=work, daemon=True).start()
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    log.info("kirosync %s on http://%s:%s, state in %s", __version__, arguments.host, arguments.port, store.directory)
-    server.run()
+
+    def stop(*_: Any) -> None:
+        store.release()
+        sys.exit(0)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    log.info("kirosync %s on http://%s:%s, state in %s", __version__, service.host, service.port, store.directory)
+    with contextlib.suppress(SystemExit):
+        server.run()
     store.close()
 
 
