@@ -578,7 +578,7 @@ class FolderLink:
             if known is None:
                 return None
             try:
-                return self.rules.put_command(pen, known, self.rules.advance(known, patch, pen.now))
+                return dict(self.rules.put_command(pen, known, self.rules.advance(known, patch, pen.now)))
             except self.rules.Conflict:
                 return None
 
@@ -787,7 +787,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.execute:
         return execute_here()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s [%(process)d] %(levelname)s %(message)s")
     link, folder = link_of(arguments)
     with hold_name(arguments.name, folder):
         agent = Agent(link, arguments.name, arguments.jobs)

@@ -725,6 +725,13 @@ def read_record(kind: str, name: str, path: Path) -> tuple[Entry, Record]:
     return Entry(revision, zlib.crc32(raw), stamp, wire, more), {"id": identity, **record}
 
 
+def oldest_of(folder: Path) -> str:
+    """Return the name of the oldest version in a full history; "" if it has room."""
+    with contextlib.suppress(FileNotFoundError):
+        return "".join(sorted(os.listdir(folder))[-HISTORY_FILES : -HISTORY_FILES + 1])
+    return ""
+
+
 class Watch:
     """Tells which files of the state directory were changed, by anyone, from the kernel's own notices.
 
@@ -786,8 +793,8 @@ class Pen:
         self.revision, self.last_update = store.revision, store.last_update
         self.lines: list[Line] = []
         self.entries: dict[tuple[str, str], Entry | None] = {}
-        self.files: dict[Path, tuple[int, bytes]] = {}
-        self.history: dict[Path, bytes] = {}
+        self.files: dict[Path, tuple[File, bytes]] = {}
+        self.history: dict[File, bytes] = {}
 
     def fork(self) -> Pen:
         """Return a pen that goes on where this one is, to be dropped if its rule fails."""
@@ -818,7 +825,8 @@ class Pen:
         crc = zlib.crc32(text)
         self._enter(kind, identity, "put", crc)
         self.entries[kind, identity] = Entry(self.revision, crc, (0, 0, 0), wire, more)
-        self.files[self.store.path(kind, identity)] = (self.revision, text)
+        file = self.store.file(kind, identity, "put", self.revision)
+        self.files[file.path] = file, text
 
     def delete(self, kind: str, identity: str, before: int) -> None:
         """Leave a tombstone in place of the record; nothing as old as *before* (ms) comes back."""
@@ -827,7 +835,8 @@ class Pen:
         self._enter(kind, identity, "delete")
         self.entries[kind, identity] = None
         self.files.pop(self.store.path(kind, identity), None)
-        self.files[self.store.grave(kind, identity)] = (self.revision, lay_out(identity, self.revision, wire, {}))
+        file = self.store.file(kind, identity, "delete", self.revision)
+        self.files[file.path] = file, lay_out(identity, self.revision, wire, {})
 
     def grave(self, kind: str, identity: str) -> Record | None:
         """Return the tombstone that *identity* has, or None."""
@@ -842,12 +851,15 @@ class Pen:
             return None  # removed or spoiled by hand: then nothing is dead
 
     def keep(self, kind: str, identity: str, versions: Iterable[Record]) -> None:
-        """Put *versions* into the history of a record."""
-        folder = self.store.directory / "history" / kind / name_of(identity)
+        """Put *versions* into the history of a record; of a document, those that are among its latest."""
+        history = self.store.directory / "history"
+        folder = history / kind / name_of(identity)
         for version in versions:
             text = msgspec.json.format(canonical(version), indent=2) + b"\n"
             moment = max(0, int(version["timestamp"]))
-            self.history[folder / f"{moment:016d}-{hashlib.sha256(text).hexdigest()[:12]}.json"] = text
+            path = folder / f"{moment:016d}-{hashlib.sha256(text).hexdigest()[:12]}.json"
+            if not path.exists() and (kind != "documents" or path.name > oldest_of(folder)):
+                self.history[File(path, history / f".{path.name}")] = text
 
     def touch(self, moment: float) -> None:
         """Move lastUpdate to *moment* (ms), forwards only."""
@@ -859,22 +871,20 @@ class Pen:
         """Take in what someone did by hand to the file *name* (without .json) of *kind*."""
         path = self.store.directory / kind / f"{name}.json"
         identity = urllib.parse.unquote(name)
-        known = self._staged(kind, identity)
+        known = self.entries[kind, identity] = self._staged(kind, identity)
         try:
             entry, found = read_record(kind, name, path)
             edited = entry.stamp[1] // 1_000_000
             record = complete(kind, found, edited, self.now)
         except FileNotFoundError:
-            if known or (kind, identity, "put") in self.store.recent:
-                log.info("%s/%s was removed by hand", kind, name)
-                self.delete(kind, identity, self.now)
-            return
+            log.info("%s/%s was removed by hand", kind, name)
+            return self.delete(kind, identity, self.now)
         except (Unreadable, Malformed) as reason:
             if not self.store.postpone(kind, name, self.now):
                 self._quarantine(kind, name, str(reason))
             return
         if known and entry.crc == known.crc:
-            self.store.entries[kind][identity] = known._replace(stamp=entry.stamp)
+            self.store.entries[kind][identity] = self.entries[kind, identity] = known._replace(stamp=entry.stamp)
             return
         log.info("%s/%s was changed by hand", kind, name)
         self._replace(kind, identity, known, record)
@@ -919,10 +929,12 @@ class Pen:
         self.lines.append(Line(self.revision, self.now, self.last_update, kind, identity, op, crc))
 
 
-def temporary_of(path: Path, revision: int) -> Path:
-    """Return where *path* is written aside: hidden, near by, and found again by its revision."""
-    folder = path.parents[2] if path.parents[2].name == "history" else path.parent
-    return folder / f".{path.name}.{revision}"
+class File(NamedTuple):
+    """A file to be: written ``aside``, then renamed to ``path``; what it ``replaces`` elsewhere goes first."""
+
+    path: Path
+    aside: Path
+    replaces: Path | None = None
 
 
 def write_all(fd: int, text: bytes) -> None:
@@ -938,42 +950,37 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def set_aside(files: dict[Path, tuple[int, bytes]]) -> dict[Path, Stamp]:
-    """Write and sync each of {path: (revision, bytes)} beside its place; on failure leave nothing behind."""
-    opened: dict[Path, int] = {}
+def set_aside(files: dict[File, bytes]) -> dict[Path, Stamp]:
+    """Write and sync each of *files* beside its place; on failure leave nothing behind."""
+    opened: dict[File, int] = {}
     try:
-        for path, (revision, text) in files.items():
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-            opened[path] = os.open(temporary_of(path, revision), flags, 0o600)
-            write_all(opened[path], text)
+        for file, text in files.items():
+            file.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            opened[file] = os.open(file.aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            write_all(opened[file], text)
         for fd in opened.values() if len(opened) > 1 else ():
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # starts writing: the syncs then overlap
         for fd in opened.values():
             os.fsync(fd)  # contents before name
-        return {path: stamp_of(os.fstat(fd)) for path, fd in opened.items()}
+        return {file.path: stamp_of(os.fstat(fd)) for file, fd in opened.items()}
     except OSError:
-        for path in opened:
-            temporary_of(path, files[path][0]).unlink()
+        for file in opened:
+            file.aside.unlink()
         raise
     finally:
         for fd in opened.values():
             os.close(fd)
 
 
-def put_in_place(files: Iterable[tuple[Path, int]]) -> None:
-    """Rename what was set aside for each (path, revision), and sync the folders.
-
-    A tombstone's record goes first: as long as the tombstone waits, the deletion can be completed.
-    """
+def put_in_place(files: Iterable[File]) -> None:
+    """Rename *files* and sync their folders. As long as one is aside, all of this can be done again."""
     folders = set()
-    for path, revision in files:
-        if path.parts[-3] == "deleted":
-            record = path.parents[2] / path.parent.name / path.name
-            record.unlink(missing_ok=True)
-            sync_folder(record.parent)
-        temporary_of(path, revision).rename(path)
-        folders.add(path.parent)
+    for file in files:
+        if file.replaces:
+            file.replaces.unlink(missing_ok=True)
+            sync_folder(file.replaces.parent)
+        file.aside.rename(file.path)
+        folders.add(file.path.parent)
     for folder in folders:
         sync_folder(folder)
 
@@ -1034,8 +1041,9 @@ class Journal:
     def rewrite(self, lines: Iterable[Line]) -> None:
         """Replace the file by one of these *lines*, oldest first."""
         text = b"".join(msgspec.json.encode(line) + b"\n" for line in sorted(lines, key=lambda line: line.revision))
-        set_aside({self.path: (0, text)})
-        put_in_place([(self.path, 0)])
+        file = File(self.path, self.path.with_name(".journal.jsonl"))
+        set_aside({file: text})
+        put_in_place([file])
         os.close(self.fd)
         self.fd = os.open(self.path, self.FLAGS)
 
@@ -1097,6 +1105,12 @@ class Store:
 
     def grave(self, kind: str, identity: str) -> Path:
         return self.directory / "deleted" / kind / f"{name_of(check_id(identity))}.json"
+
+    def file(self, kind: str, identity: str, op: str, revision: int) -> File:
+        """Return the file that *op* writes: the record, or for delete the tombstone in its place."""
+        record, grave = self.path(kind, identity), self.grave(kind, identity)
+        path = grave if op == "delete" else record
+        return File(path, path.with_name(f".{path.name}.{revision}"), record if op == "delete" else None)
 
     # Reading
 
@@ -1190,7 +1204,7 @@ class Store:
                 self._adopt_suspects(pen)
                 for ticket in tickets:
                     pen = self._try(ticket, pen)
-                if pen.lines:
+                if pen.lines or pen.history:
                     self._write(pen)
         except (OSError, Refusal) as error:
             for ticket in tickets:
@@ -1217,19 +1231,18 @@ class Store:
 
     def _write(self, pen: Pen) -> None:
         """Make everything that *pen* holds durable, then visible."""
-        history = {path: (0, text) for path, text in pen.history.items() if not path.exists()}
-        set_aside(history)
-        put_in_place((path, 0) for path in history)
-        stamps = set_aside(pen.files)
-        moves = [(path, revision) for path, (revision, _) in pen.files.items()]
+        set_aside(pen.history)
+        put_in_place(pen.history)
+        stamps = set_aside(dict(pen.files.values()))
+        files = [file for file, _ in pen.files.values()]
         try:
             self._journal.enter(pen.lines)
         except OSError:
-            for path, revision in moves:
-                temporary_of(path, revision).unlink()
+            for file in files:
+                file.aside.unlink()
             raise
         self._sound = False  # should a rename fail: the journal has it, so whoever comes next completes it
-        put_in_place(moves)
+        put_in_place(files)
         self._sound = True
         with self.changed:
             for (kind, identity), entry in pen.entries.items():
@@ -1241,6 +1254,9 @@ class Store:
             for line in pen.lines:
                 self._note(line)
             self.changed.notify_all()
+        for folder in {file.path.parent for file in pen.history if file.path.parents[1].name == "documents"}:
+            for name in sorted(os.listdir(folder))[:-HISTORY_FILES]:
+                (folder / name).unlink()
 
     def _note(self, line: Line) -> None:
         """Remember what a *line* of the journal says."""
@@ -1283,7 +1299,7 @@ class Store:
         try:
             return (entry and entry.stamp) != stamp_of(os.stat(self.directory / kind / f"{name}.json"))
         except FileNotFoundError:
-            return entry is not None
+            return (kind, urllib.parse.unquote(name), "put") in self.recent
 
     def _all_files(self, kind: str) -> set[str]:
         """Return the names of the files of *kind*: those that are there, and those that should be."""
@@ -1319,7 +1335,7 @@ class Store:
             return self._open()
         lines = self._journal.read()
         last = {(line.kind, line.id, line.op): line for line in lines if line.kind in self.kinds}
-        self._complete((self._target(line), line.revision) for line in last.values())
+        self._complete(self.file(line.kind, line.id, line.op, line.revision) for line in last.values())
         with self.changed:
             for line in lines:
                 self._note(line)
@@ -1341,15 +1357,12 @@ class Store:
                 return
         self._suspects[line.kind, name] = 0
 
-    def _target(self, line: Line) -> Path:
-        return (self.grave if line.op == "delete" else self.path)(line.kind, line.id)
-
-    def _complete(self, moves: Iterable[tuple[Path, int]]) -> None:
-        """Make the renames, (path, revision), that a writer entered in the journal and did not live to make."""
-        for path, revision in moves:
-            if temporary_of(path, revision).exists():
-                log.warning("completing revision %d of %s: its writer was stopped", revision, path.name)
-                put_in_place([(path, revision)])
+    def _complete(self, files: Iterable[File]) -> None:
+        """Put in place what a writer entered in the journal and did not live to rename."""
+        for file in files:
+            if file.aside.exists():
+                log.warning("completing %s: its writer was stopped", file.path.name)
+                put_in_place([file])
 
     # Opening
 
@@ -1384,18 +1397,14 @@ class Store:
 
     def _clear_aside(self) -> None:
         """Complete what was entered in the journal and not renamed; remove what was not entered."""
-        entered = []
-        for kind, op in itertools.product(self.kinds, ("put", "delete")):
-            folder = self.directory / (f"deleted/{kind}" if op == "delete" else kind)
-            for file in folder.glob(".*"):
-                found = re.fullmatch(r"\.(.+)\.json\.(\d+)", file.name)
-                if found and self.recent.get((kind, urllib.parse.unquote(found[1]), op)) == int(found[2]):
-                    entered.append((folder / f"{found[1]}.json", int(found[2])))
-                elif found:
-                    file.unlink()
-        self._complete(sorted(entered, key=lambda move: move[1]))
-        for file in (self.directory / "history").glob(".*") if self.kinds == KINDS else ():
-            file.unlink()
+        entered = sorted((revision, key) for key, revision in self.recent.items() if key[0] in self.kinds)
+        folders = [self.directory / folder / kind for kind in self.kinds for folder in ("", "deleted")]
+        aside = [path for folder in folders for path in folder.glob(".*.json.*") if path.suffix[1:].isdecimal()]
+        self._complete(self.file(*key, revision) for revision, key in (entered if aside else ()))
+        if self.kinds == KINDS:
+            aside += (self.directory / "history").glob(".*.json")
+        for path in aside:
+            path.unlink(missing_ok=True)
 
     def _load(self, last: dict[tuple[str, str, str], Line]) -> list[Line]:
         """Read all records. Return lines for those that are newer than the journal: it was lost, or its end was."""
@@ -1955,7 +1964,7 @@ def listen(service: Service, threads: int) -> Any:
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s [%(process)d] %(levelname)s %(message)s")
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of every request that waits a moment
     store = Store(Path(arguments.state))
     service = Service(store, token_of(store.directory), arguments.host, arguments.port, arguments.threads)

@@ -1,0 +1,171 @@
+"""Fixtures are nouns: a clock that stands still, a store, a client in-process, a server and an agent for real."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import requests
+import webtest
+
+import kirosync
+
+ROOT = Path(__file__).parent.parent
+TOKEN = "test-token"
+
+
+class Clock:
+    """A moment (ms) that passes only when told to."""
+
+    def __init__(self, now=1_800_000_000_000):
+        self.now = now
+
+    def __call__(self):
+        return self.now
+
+
+class Process:
+    """A program of ours, really running."""
+
+    def __init__(self, *argv, environment=None, log=None):
+        self.argv, self.log = argv, log
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("KIROSYNC_")}
+        with open(log or os.devnull, "ab") as said:
+            self.popen = subprocess.Popen(
+                [sys.executable, *map(str, argv)],
+                cwd=ROOT,
+                env={**clean, **(environment or {})},
+                stdout=said,
+                stderr=said,
+            )
+
+    def end(self, number=15):
+        if self.popen.poll() is None:
+            self.popen.send_signal(number)
+        return self.popen.wait(30)
+
+
+class Server(Process):
+    """The service on a port of its own."""
+
+    def __init__(self, state, log, *arguments):
+        super().__init__(
+            "kirosync.py",
+            "serve",
+            "--port",
+            "0",
+            "--state",
+            state,
+            *arguments,
+            environment={"KIROSYNC_TOKEN": TOKEN},
+            log=log,
+        )
+        self.session = requests.Session()
+        self.session.trust_env = False
+        self.session.headers["Authorization"] = f"Bearer {TOKEN}"
+        self.url = until(lambda: address_in(log, self.popen), 20)
+
+    def ask(self, method, path, **more):
+        return self.session.request(method, self.url + path, timeout=70, **more)
+
+    def run(self, **order):
+        answer = self.ask("POST", "/command?wait=50", json=order)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def end(self, number=15):
+        self.session.close()
+        return super().end(number)
+
+
+def address_in(log, popen):
+    assert popen.poll() is None, log.read_text()
+    found = [line for line in log.read_text().splitlines() if f"[{popen.pid}]" in line and " on http://" in line]
+    return found[-1].split(" on ")[1].split(",")[0] if found else None
+
+
+def until(ready, seconds=10, pause=0.005):
+    """Return what *ready* returns as soon as it is true; fail after *seconds*."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := ready():
+            return value
+        time.sleep(pause)
+    raise AssertionError(f"not so within {seconds} s")
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def state(tmp_path):
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def store(state, clock):
+    store = kirosync.Store(state, clock=clock)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def client(store):
+    """The service in this process, asked as the rightful user."""
+    app = webtest.TestApp(kirosync.Service(store, TOKEN).app)
+    app.authorization = ("Bearer", TOKEN)
+    return app
+
+
+@pytest.fixture
+def server(state, tmp_path):
+    server = Server(state, tmp_path / "log")
+    yield server
+    assert server.end() == 0
+
+
+@pytest.fixture
+def start():
+    """Start programs that end with the test."""
+    started = []
+
+    def start(kind, *arguments, **more):
+        started.append(kind(*arguments, **more))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.end(9)
+
+
+@pytest.fixture(params=["folder", "http"])
+def agent(request, server, state, tmp_path):
+    """A real agent over each of its links; the value is the server it works for."""
+    link = ["--state", state]
+    if request.param == "http":
+        (tmp_path / "token").write_text(TOKEN)
+        link = ["--server", server.url, "--token-file", tmp_path / "token"]
+    environment = {"AWS_EC2_METADATA_DISABLED": "true", **getattr(request.module, "AGENT_ENVIRONMENT", {})}
+    process = Process(
+        "agent.py", *link, "--name", f"agent-{request.param}", environment=environment, log=tmp_path / "agent.log"
+    )
+    yield server
+    assert process.end() == 0, (tmp_path / "agent.log").read_text()
+
+
+@pytest.fixture
+def without_ripgrep(tmp_path, monkeypatch):
+    """A PATH on which there is everything but rg."""
+    for folder in os.environ["PATH"].split(os.pathsep):
+        for program in Path(folder).glob("*") if Path(folder).is_dir() else ():
+            link = tmp_path / "bin" / program.name
+            link.parent.mkdir(exist_ok=True)
+            if program.name != "rg" and not link.exists():
+                link.symlink_to(program)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert shutil.which("rg") is None

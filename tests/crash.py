@@ -1,0 +1,162 @@
+"""Stop a process at every system call of a change, one after the other, and check what is found afterwards.
+
+    python crash.py DIRECTORY NAME      NAME is one of CHANGES; prints the number of places it was stopped at
+
+A child is forked for each place. It counts the calls into C that the store makes, and kills itself with
+SIGKILL before the Nth. Then the directory is opened anew, and once more taken over by a store that was
+open all the time. Either all of the change is there or none of it, and the next change is as good as ever.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import kirosync
+
+HI = {"role": "user", "content": "hi", "timestamp": 1}
+CHANGES = {
+    "put": lambda pen: kirosync.take_push(pen, {"conversations": {"c": [{**HI, "content": "more", "timestamp": 2}]}}),
+    "batch": lambda pen: kirosync.take_push(
+        pen,
+        {
+            "conversations": {"c": [{**HI, "content": "hi there"}], "new": [HI]},
+            "documents": {"d": {"content": "newer", "timestamp": 5}, "e": {"content": "e", "timestamp": 5}},
+            "lastUpdate": 9,
+        },
+    ),
+    "delete": lambda pen: pen.delete("documents", "d", pen.now),
+    "delete and put": lambda pen: (
+        pen.delete("conversations", "c", 0),
+        pen.put("conversations", "c", {"messages": [HI | {"content": "reborn"}]}),
+    ),
+}
+CALLS = {"open", "write", "fsync", "fdatasync", "rename", "unlink", "mkdir", "ftruncate", "close", "pread", "flock"}
+
+
+def prepare(directory):
+    store = kirosync.Store(directory, clock=lambda: 1000)
+    store.change(
+        lambda pen: kirosync.take_push(
+            pen, {"conversations": {"c": [HI]}, "documents": {"d": {"content": "old", "timestamp": 1}}}
+        )
+    )
+    store.close()
+
+
+def contents(directory):
+    """Everything that a person or a client can see, less the numbers."""
+    store = kirosync.Store(directory, clock=lambda: 1000)
+    seen = {kind: {key: json.loads(e.wire) for key, e in store.entries[kind].items()} for kind in kirosync.KINDS}
+    seen["deleted"] = sorted(key for key in store.recent if key[2] == "delete")
+    store.close()
+    return seen
+
+
+def stop_before(number):
+    """Have this process killed before its call *number* into one of CALLS."""
+    left = number
+
+    def count(frame, event, function):
+        nonlocal left
+        if (
+            event == "c_call"
+            and function.__name__ in CALLS
+            and "kirosync" in frame.f_code.co_filename + frame.f_back.f_code.co_filename
+        ):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(count)
+
+
+def run_and_stop(directory, change, number):
+    """Return whether the change was acknowledged before the process came to call *number*."""
+    child = os.fork()
+    if child == 0:
+        if change == "open":
+            stop_before(number)
+            kirosync.Store(directory, clock=lambda: 1000)
+            sys.setprofile(None)
+            os._exit(0)
+        store = kirosync.Store(directory, clock=lambda: 1000)
+        stop_before(number)
+        store.change(CHANGES[change])
+        sys.setprofile(None)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def check_sound(directory, allowed):
+    """Check a directory after a crash; return what is in it."""
+    found = contents(directory)
+    assert found in allowed, found
+    left = [str(path) for path in directory.rglob(".*") if path.name != ".lock"]
+    assert not left, left
+    lines = [json.loads(line) for line in (directory / "journal.jsonl").read_text().splitlines()]
+    numbers = [line["revision"] for line in lines if line["op"] != "open"]
+    assert numbers == sorted(set(numbers)), numbers
+    for path in [*directory.glob("[cd]o*/*.json")]:
+        assert json.loads(path.read_text())["revision"] in numbers
+    return found
+
+
+def stop_while_opening(directory):
+    """Stop a process that repairs and compacts, at every call, and check that the next one can."""
+    template = directory / "template"
+    prepare(template)
+    journal = kirosync.Journal(template / "journal.jsonl")
+    journal.read()
+    journal.enter(kirosync.Line(n, 0, 0, "lastUpdate", "", "touch") for n in range(10, 1200))
+    journal.close()
+    for number in range(1, 1000):  # a crash between the journal and the last rename
+        shutil.copytree(template, directory / f"t{number}")
+        assert not run_and_stop(directory / f"t{number}", "batch", number)
+        torn = directory / f"t{number}"
+        if b'"e"' in (torn / "journal.jsonl").read_bytes():
+            break
+    shutil.copytree(torn, directory / "after")
+    after = contents(directory / "after")
+    for number in range(1, 1000):
+        state = directory / str(number)
+        shutil.copytree(torn, state)
+        done = run_and_stop(state, "open", number)
+        assert check_sound(state, [after]) == after
+        shutil.rmtree(state)
+        if done:
+            return number - 1
+    raise AssertionError("opening does not end")
+
+
+def main(directory, change):
+    template = directory / "template"
+    prepare(template)
+    before = contents(template)
+    shutil.copytree(template, directory / "after")
+    assert run_and_stop(directory / "after", change, 10**9)
+    after = contents(directory / "after")
+    assert before != after
+    done, seen = False, set()
+    for number in range(1, 1000):
+        state = directory / str(number)
+        shutil.copytree(template, state)
+        witness = kirosync.Store(state, clock=lambda: 1000)
+        done = run_and_stop(state, change, number)
+        witness.change(lambda pen: pen.put("commands", "next", {"type": "execute_bash", "status": "failed"}))
+        witness.close()
+        added = {"commands": {"next": {"type": "execute_bash", "status": "failed"}}}
+        found = check_sound(state, [after | added] if done else [before | added, after | added])
+        seen.add(found == after | added)
+        shutil.rmtree(state)
+        if done:
+            break
+    assert done
+    assert seen == {True, False}, "a crash early must undo, a crash late must complete"
+    return number - 1
+
+
+if __name__ == "__main__":
+    print(stop_while_opening(Path(sys.argv[1])) if sys.argv[2] == "open" else main(Path(sys.argv[1]), sys.argv[2]))

@@ -1,0 +1,375 @@
+"""The state directory, seen from both sides: through the store, and by hand."""
+
+import json
+import os
+import subprocess
+
+import pytest
+
+import kirosync
+
+HI = {"role": "user", "content": "hi", "timestamp": 1}
+YO = {"role": "assistant", "content": "yo", "timestamp": 2}
+
+
+def put(store, kind, identity, **record):
+    store.change(lambda pen: pen.put(kind, identity, {"id": identity, **record}))
+
+
+def push(store, **records):
+    return store.change(lambda pen: kirosync.take_push(pen, records))
+
+
+def shown(store, cursor=None, kind="conversations"):
+    delta = store.delta(cursor)
+    return {identity: json.loads(entry.newer(delta.since)) for identity, entry in delta.changed[kind].items()}
+
+
+def apply(copy, store, cursor):
+    """Do with a delta what a client does: take out what is deleted, merge the rest."""
+    delta = store.delta(cursor)
+    for identity in delta.deleted["conversations"]:
+        copy.pop(identity, None)
+    for identity, messages in shown(store, cursor).items():
+        copy[identity], _ = kirosync.merge_messages(copy.get(identity, []), messages)
+    return copy
+
+
+def test_a_record_is_a_readable_file(store, state):
+    put(store, "documents", "Straße/1", content="ä\n", timestamp=1)
+    text = (state / "documents" / "Stra%C3%9Fe%2F1.json").read_text()
+    assert text == ('{\n  "id": "Straße/1",\n  "revision": 1,\n  "content": "ä\\n",\n  "timestamp": 1\n}\n')
+
+
+def test_only_the_owner_can_read_the_state(store, state):
+    put(store, "documents", "d", content="", timestamp=1)
+    assert state.stat().st_mode & 0o777 == 0o700
+    for file in (state / "documents" / "d.json", state / "journal.jsonl", state / ".lock"):
+        assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_ids_that_differ_only_in_case_or_dots_are_different_records(store):
+    names = ["a", "A", "..", "../a", "/etc/passwd", ".", "a.json", "%41", "a b", "é", "é"]
+    for number, name in enumerate(names):
+        put(store, "documents", name, content=str(number), timestamp=1)
+    again = kirosync.Store(store.directory, clock=store.clock)
+    assert {key: value["content"] for key, value in shown(again, kind="documents").items()} == {
+        name: str(number) for number, name in enumerate(names)
+    }
+    again.close()
+
+
+def test_a_delta_carries_only_the_new_messages(store):
+    push(store, conversations={"c": [HI]})
+    cursor = store.cursor
+    push(store, conversations={"c": [YO], "other": [HI]})
+    assert shown(store, cursor) == {"c": [YO], "other": [HI]}
+    assert shown(store, store.cursor) == {}
+
+
+def test_a_delta_carries_only_the_new_messages_after_a_restart_too(store):
+    push(store, conversations={"c": [HI]})
+    cursor = store.cursor
+    push(store, conversations={"c": [YO]})
+    again = kirosync.Store(store.directory, clock=store.clock)
+    assert shown(again, cursor) == {"c": [YO]}
+    again.close()
+
+
+def test_a_deleted_record_leaves_a_tombstone_and_stale_copies_do_not_bring_it_back(store, clock, state):
+    late = {**HI, "timestamp": clock.now + 10_000}
+    push(store, conversations={"c": [HI, late]}, documents={"d": {"content": "x", "timestamp": clock.now}})
+    cursor = store.cursor
+    for kind, identity in (("conversations", "c"), ("documents", "d")):
+        store.change(lambda pen, kind=kind, identity=identity: pen.delete(kind, identity, pen.now))
+    assert store.delta(cursor).deleted == {"conversations": ["c"], "documents": ["d"], "commands": []}
+    assert json.loads((state / "deleted" / "conversations" / "c.json").read_text())["messages"] == [HI, late]
+    push(store, conversations={"c": [HI, late]}, documents={"d": {"content": "x", "timestamp": clock.now}})
+    assert shown(store) == shown(store, kind="documents") == {}
+
+
+def test_content_newer_than_a_tombstone_comes_back_without_what_was_deleted(store, clock):
+    push(store, conversations={"c": [HI]}, documents={"d": {"content": "x", "timestamp": 1}})
+    store.change(lambda pen: pen.delete("conversations", "c", pen.now))
+    store.change(lambda pen: pen.delete("documents", "d", pen.now))
+    new = {**HI, "content": "back", "timestamp": clock.now + 1}
+    push(store, conversations={"c": [HI, new]}, documents={"d": {"content": "y", "timestamp": clock.now + 1}})
+    assert shown(store) == {"c": [new]}
+    assert shown(store, kind="documents") == {"d": {"content": "y", "timestamp": clock.now + 1}}
+
+
+def test_a_delta_across_a_deletion_and_a_return_gives_the_servers_state(store, clock):
+    push(store, conversations={"c": [HI]})
+    copy, cursor = apply({}, store, None), store.cursor
+    store.change(lambda pen: pen.delete("conversations", "c", pen.now))
+    push(store, conversations={"c": [{**YO, "timestamp": clock.now + 1}]})
+    assert apply(copy, store, cursor) == shown(store)
+
+
+def test_a_message_that_a_tombstone_refuses_goes_to_history(store, state):
+    push(store, conversations={"c": [HI]})
+    store.change(lambda pen: pen.delete("conversations", "c", pen.now))
+    push(store, conversations={"c": [HI, YO]})
+    kept = [json.loads(file.read_text()) for file in (state / "history/conversations/c").iterdir()]
+    assert kept == [YO]
+
+
+def test_superseded_documents_go_to_history_once_and_the_last_20_stay(store, state):
+    for moment in (*range(1, 25), 2, 3, 3):
+        push(store, documents={"d": {"content": f"v{moment}", "timestamp": moment}})
+    kept = sorted(json.loads(file.read_text())["timestamp"] for file in (state / "history/documents/d").iterdir())
+    assert kept == list(range(4, 24))
+    assert shown(store, kind="documents")["d"]["content"] == "v24"
+
+
+def test_a_document_that_differs_in_nothing_but_its_timestamp_is_no_change(store):
+    push(store, documents={"d": {"content": "x", "timestamp": 1}})
+    cursor = store.cursor
+    push(store, documents={"d": {"content": "x", "timestamp": 2}})
+    assert store.cursor == cursor
+
+
+def test_a_document_from_the_future_is_of_now_and_can_be_superseded(store, clock):
+    push(store, documents={"d": {"content": "x", "timestamp": clock.now + 3_600_000}})
+    assert shown(store, kind="documents")["d"]["timestamp"] == clock.now
+    clock.now += 1
+    push(store, documents={"d": {"content": "y", "timestamp": clock.now}})
+    assert shown(store, kind="documents")["d"]["content"] == "y"
+
+
+def test_last_update_never_runs_ahead_or_back(store, clock):
+    assert push(store, lastUpdate=clock.now + 10**9) == "updated"
+    assert store.last_update == clock.now
+    assert push(store, lastUpdate=clock.now) == "current"
+    assert push(store, lastUpdate=clock.now + 1) == "updated"
+    assert store.last_update == clock.now + 1
+
+
+@pytest.mark.parametrize(
+    "cursor", ["", "x", "nobody.5", "999999999999999999999.1", "{epoch}.999", "{epoch}.-1", "{epoch}.²"]
+)
+def test_a_cursor_that_is_not_known_gives_everything_and_says_so(store, cursor):
+    push(store, conversations={"c": [HI]})
+    delta = store.delta(cursor.format(epoch=store.epochs[-1][0]))
+    assert delta.full
+    assert delta.changed["conversations"].keys() == {"c"}
+
+
+def test_a_cursor_from_before_a_restored_backup_is_recognised(store, state, tmp_path, clock):
+    push(store, conversations={"c": [HI]})
+    subprocess.run(["cp", "-r", state, tmp_path / "backup"], check=True)
+    push(store, conversations={"c": [YO]})
+    lost = store.cursor
+    backup = kirosync.Store(tmp_path / "backup", clock=clock)
+    push(backup, conversations={"d": [HI]})
+    assert backup.revision >= int(lost.split(".")[1])
+    assert backup.delta(lost).full
+    assert shown(backup) == {"c": [HI], "d": [HI]}
+    backup.close()
+
+
+def test_restoring_a_backup_with_cp_is_no_change_of_its_records(store, tmp_path, clock):
+    push(store, documents={"d": {"content": "x", "timestamp": 1}})
+    cursor = store.cursor
+    subprocess.run(["cp", "-r", store.directory, tmp_path / "backup"], check=True)
+    backup = kirosync.Store(tmp_path / "backup", clock=clock)
+    assert not backup.delta(cursor)
+    backup.close()
+
+
+def test_the_journal_is_compacted_and_known_cursors_stay_known(store, clock):
+    push(store, conversations={"old": [HI]})
+    cursor = store.cursor
+    lines = [kirosync.Line(n, 0, 0, "lastUpdate", "", "touch") for n in range(2, 3000)]
+    store._journal.enter(lines)
+    again = kirosync.Store(store.directory, clock=clock)
+    assert len((store.directory / "journal.jsonl").read_bytes().splitlines()) < 10
+    assert not again.delta(cursor)
+    assert again.revision == 2999
+    push(again, conversations={"new": [HI]})
+    assert shown(store, cursor) == {"new": [HI]}
+    again.close()
+
+
+def test_the_journal_can_be_rebuilt_from_the_records_alone(store, state, clock):
+    push(store, conversations={"c": [HI], "gone": [HI]}, documents={"d": {"content": "x", "timestamp": 7}})
+    store.change(lambda pen: pen.delete("conversations", "gone", pen.now))
+    before, revision = shown(store), store.revision
+    store.close()
+    (state / "journal.jsonl").unlink()
+    again = kirosync.Store(state, kinds=("commands",), clock=clock)
+    again.close()
+    again = kirosync.Store(state, clock=clock)
+    assert (shown(again), again.revision) == (before, revision)
+    assert again.last_update == 7
+    push(again, conversations={"gone": [HI]})
+    assert shown(again) == before
+    again.close()
+    store._journal = kirosync.Journal(state / "journal.jsonl")
+
+
+def test_a_journal_removed_while_running_is_made_again(store, state):
+    push(store, conversations={"c": [HI]})
+    (state / "journal.jsonl").unlink()
+    push(store, conversations={"d": [HI]})
+    assert shown(store) == {"c": [HI], "d": [HI]}
+    assert store.revision == 2
+
+
+def test_a_damaged_line_of_the_journal_is_passed_over(store, state, clock):
+    push(store, conversations={"c": [HI]})
+    with (state / "journal.jsonl").open("ab") as file:
+        file.write(
+            b'{"revision": "x"}\n\xff\n{"revision":9,"at":0,"lastUpdate":0,"kind":"commands","id":"","op":"put"}\n'
+        )
+    push(store, conversations={"c": [YO]})
+    assert shown(store) == {"c": [HI, YO]}
+
+
+# By hand
+
+
+def test_a_document_edited_by_hand_wins_and_the_old_version_is_kept(store, state):
+    push(store, documents={"d": {"content": "x", "timestamp": 1}})
+    cursor = store.cursor
+    file = state / "documents" / "d.json"
+    file.write_text(file.read_text().replace('"x"', '"by hand"'))
+    store.notice({("documents", "d.json")})
+    document = shown(store, cursor, "documents")["d"]
+    assert document["content"] == "by hand"
+    push(store, documents={"d": {"content": "x", "timestamp": 1}})
+    assert shown(store, kind="documents")["d"] == document
+    assert len(list((state / "history/documents/d").iterdir())) == 1
+
+
+def test_an_edit_that_nobody_noticed_yet_is_not_overwritten(store, state):
+    push(store, conversations={"c": [HI]})
+    file = state / "conversations" / "c.json"
+    file.write_text(file.read_text().replace('"hi"', '"corrected"'))
+    push(store, conversations={"c": [YO]})
+    assert [message["content"] for message in shown(store)["c"]] == ["corrected", "yo"]
+
+
+def test_a_message_taken_out_by_hand_stays_out_everywhere(store, state):
+    push(store, conversations={"c": [HI, YO]})
+    copy, cursor = apply({}, store, None), store.cursor
+    file = state / "conversations" / "c.json"
+    file.write_text(json.dumps({"messages": [YO]}))
+    store.notice(None)
+    assert apply(copy, store, cursor) == {"c": [YO]}
+    push(store, conversations={"c": [HI, YO]})
+    assert shown(store) == {"c": [YO]}
+    early = {**HI, "content": "from a slow clock"}
+    push(store, conversations={"c": [early]})
+    assert shown(store) == {"c": [early, YO]}
+
+
+def test_files_put_in_and_removed_by_hand_are_records_made_and_deleted(store, state):
+    push(store, documents={"old": {"content": "x", "timestamp": 1}})
+    cursor = store.cursor
+    (state / "documents" / "old.json").unlink()
+    (state / "commands" / "mine.json").write_text('{"type": "execute_bash", "command": "true"}')
+    store.notice(None)
+    assert store.delta(cursor).deleted["documents"] == ["old"]
+    command = shown(store, cursor, "commands")["mine"]
+    assert (command["status"], command["createdAt"]) == ("pending", store.clock.now)
+
+
+def test_what_was_done_by_hand_while_nothing_ran_is_noticed_on_opening(store, state, clock):
+    push(store, documents={"a": {"content": "x", "timestamp": 1}, "b": {"content": "x", "timestamp": 1}})
+    cursor = store.cursor
+    store.close()
+    (state / "documents" / "a.json").write_text('{"content": "edited"}')
+    (state / "documents" / "b.json").unlink()
+    (state / "documents" / "c.json").write_text('{"content": "new"}')
+    again = kirosync.Store(state, clock=clock)
+    assert {key: value["content"] for key, value in shown(again, cursor, "documents").items()} == {
+        "a": "edited",
+        "c": "new",
+    }
+    assert again.delta(cursor).deleted["documents"] == ["b"]
+    again.close()
+    store._journal = kirosync.Journal(state / "journal.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"content": ', "truncated"),
+        ('{"content": 5}', "content: expected str, got int"),
+        ("[]", "expected object, got array"),
+        ('{"content": "x", "revision": -1}', "revision: expected int >= 0"),
+        ('{"content": "\\ud800"}', ""),
+        ("[" * 100_000, "recursion"),
+    ],
+)
+def test_a_file_that_is_no_record_goes_to_quarantine_and_what_was_known_stays(store, state, text, reason, clock):
+    push(store, documents={"d": {"content": "x", "timestamp": 1}, "other": {"content": "y", "timestamp": 1}})
+    file = state / "documents" / "d.json"
+    file.write_text(text)
+    os.utime(file, (clock.now / 1000 - 5,) * 2)
+    store.notice({("documents", "d.json")})
+    assert {key: value["content"] for key, value in shown(store, kind="documents").items()} == {"d": "x", "other": "y"}
+    moved, why = sorted((state / "quarantine").iterdir())
+    assert moved.read_text() == text
+    assert reason in why.read_text()
+    assert json.loads(file.read_text())["content"] == "x"
+
+
+def test_a_file_in_quarantine_is_not_taken_for_a_deletion(store, state, clock):
+    push(store, documents={"d": {"content": "x", "timestamp": 1}})
+    cursor = store.cursor
+    store.close()
+    file = state / "documents" / "d.json"
+    file.write_text("{")
+    os.utime(file, (1, 1))
+    for _ in range(2):
+        again = kirosync.Store(state, clock=clock)
+        assert again.delta(cursor).deleted["documents"] == []
+        again.close()
+    again = kirosync.Store(state, clock=clock)
+    push(again, documents={"d": {"content": "x", "timestamp": 1}})
+    assert shown(again, kind="documents").keys() == {"d"}
+    again.close()
+    store._journal = kirosync.Journal(state / "journal.jsonl")
+
+
+def test_a_file_that_is_still_being_written_is_waited_for(store, state, clock):
+    file = state / "documents" / "d.json"
+    file.write_text('{"content": ')
+    os.utime(file, (clock.now / 1000,) * 2)
+    store.notice({("documents", "d.json")})
+    assert file.exists()
+    file.write_text('{"content": "whole"}')
+    clock.now += 1500
+    store.notice(set())
+    assert shown(store, kind="documents")["d"]["content"] == "whole"
+
+
+def test_a_misnamed_file_a_directory_and_a_pipe_do_no_harm(store, state, clock):
+    (state / "documents" / "a b.json").write_text('{"content": "x"}')
+    (state / "documents" / "folder.json").mkdir()
+    os.mkfifo(state / "documents" / "pipe.json")
+    for name in ("a b", "folder", "pipe"):
+        os.utime(state / "documents" / f"{name}.json", (1, 1))
+    store.notice(None)
+    assert shown(store, kind="documents") == {}
+    reasons = " ".join(file.read_text() for file in (state / "quarantine").glob("*.reason"))
+    assert "should be a%20b.json" in reasons
+    assert reasons.count("not a plain file") == 2
+
+
+def test_other_files_are_left_alone(store, state):
+    for name in ("notes.txt", ".d.json.swp", "d.json~", "4913"):
+        (state / "documents" / name).write_text("mine")
+    store.notice(None)
+    again = kirosync.Store(state, clock=store.clock)
+    assert len(list((state / "documents").iterdir())) == 4
+    again.close()
+
+
+def test_unknown_fields_of_a_conversation_file_are_kept(store, state):
+    (state / "conversations" / "c.json").write_text(json.dumps({"title": "mine", "messages": [HI]}))
+    store.notice(None)
+    push(store, conversations={"c": [YO]})
+    assert json.loads((state / "conversations" / "c.json").read_text())["title"] == "mine"
