@@ -915,8 +915,9 @@ class Pen:
 
     def _entry(self, kind: str, identity: str) -> Entry | None:
         """Return what the record is now, after a look whether its file was changed by hand."""
-        if (kind, identity) not in self.entries and self.store.differs(kind, name_of(identity)):
-            self.adopt(kind, name_of(identity))
+        name = self.store.path(kind, identity).stem
+        if (kind, identity) not in self.entries and self.store.differs(kind, name):
+            self.adopt(kind, name)
         return self._staged(kind, identity)
 
     def _staged(self, kind: str, identity: str) -> Entry | None:
@@ -1610,7 +1611,7 @@ class Service:
     def answer(self, handler: Callable[[], Any], public: bool) -> bytes:
         """Return the body of what *handler* answers or raises, and set the status and the headers."""
         request, response = bottle.request, bottle.response
-        identity = request.get_header("X-Request-Id", "")
+        identity = header("X-Request-Id")
         identity = identity if re.fullmatch(r"[\w.-]{1,64}", identity, re.ASCII) else secrets.token_hex(8)
         response.set_header("X-Request-Id", identity)
         response.content_type = "application/json"
@@ -1631,14 +1632,14 @@ class Service:
         return self.compress(body if isinstance(body, bytes) else msgspec.json.encode(body))
 
     def compress(self, body: bytes) -> bytes:
-        if len(body) >= GZIP_BYTES and "gzip" in bottle.request.get_header("Accept-Encoding", ""):
+        if len(body) >= GZIP_BYTES and "gzip" in header("Accept-Encoding"):
             bottle.response.set_header("Content-Encoding", "gzip")
             body = gzip.compress(body, 1, mtime=0)
         bottle.response.add_header("Vary", "Accept-Encoding")
         return body
 
     def authenticate(self) -> None:
-        scheme, _, token = bottle.request.get_header("Authorization", "").partition(" ")
+        scheme, _, token = header("Authorization").partition(" ")
         given = token.strip().encode("latin-1", "replace")
         if scheme.lower() != "bearer" or not hmac.compare_digest(given, self.token.encode()):
             raise Unauthorized
@@ -1648,7 +1649,7 @@ class Service:
     def body(self) -> Record:
         """Return the JSON object that was sent; raise NotJson, TooLarge or Malformed."""
         request = bottle.request
-        kind = (request.content_type or "").partition(";")[0].strip().lower()
+        kind = header("Content-Type").partition(";")[0].strip().lower()
         if kind not in ("", "application/json") and not kind.endswith("+json"):
             raise NotJson(f"the body is {kind}; send JSON, with Content-Type: application/json")
         length = max(0, request.content_length)
@@ -1692,7 +1693,7 @@ class Service:
 
     def get_home(self) -> Any:
         """The page; what this service is, for who accepts application/json."""
-        if "text/html" not in bottle.request.get_header("Accept", ""):
+        if "text/html" not in header("Accept"):
             return {"service": "kirosync", "version": __version__, "docs": "/docs", "health": "/health"}
         bottle.response.content_type = "text/html; charset=utf-8"
         page = Path(__file__).with_name("console.html")
@@ -1727,7 +1728,7 @@ class Service:
         delta = self.store.delta(since)
         tag = f'W/"{delta.cursor}"'
         bottle.response.set_header("ETag", tag)
-        if tag in bottle.request.get_header("If-None-Match", ""):
+        if tag in header("If-None-Match"):
             bottle.response.status = 304
             return b""
         return show(delta, self.store.last_update, self.store.clock(), kinds, set(statuses))
@@ -1840,6 +1841,12 @@ class Service:
                 self.store.change(lambda pen, late=late: expire(pen, late))  # type: ignore[misc]
             due = {identity: moment for identity, moment in due.items() if now <= moment < float("inf")}
             time.sleep(SWEEP_S)
+
+
+def header(name: str) -> str:
+    """Return a header of the request, each byte a character: Bottle's own look-up fails where it is no UTF-8."""
+    key = name.upper().replace("-", "_")
+    return str(bottle.request.environ.get(key if key == "CONTENT_TYPE" else f"HTTP_{key}", ""))
 
 
 def expire(pen: Pen, identities: list[str]) -> None:
