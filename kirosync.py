@@ -1785,7 +1785,7 @@ class Service:
     def get_command(self, identity: str) -> bytes:
         """The command as it stands. ?wait=SECONDS answers when it has ended, or with its state by then."""
         self.hold(lambda: self.status_of(identity) in ENDED, self.seconds())
-        return found("commands", self.store.get("commands", identity)).wire
+        return existing("commands", self.store.get("commands", identity)).wire
 
     def patch_command(self, identity: str) -> Record:
         """Report on a command; the answer is all of it.
@@ -1797,7 +1797,7 @@ class Service:
         patch = check(PATCH, self.body(), "")
 
         def report(pen: Pen) -> Record:
-            known = found("commands", pen.get("commands", identity))
+            known = existing("commands", pen.get("commands", identity))
             return put_command(pen, known, advance(known, patch, pen.now))
 
         return {key: value for key, value in self.store.change(report).items() if key != "id"}
@@ -1816,7 +1816,7 @@ class Service:
 
     def delete(self, kind: str, identity: str) -> Record:
         def remove(pen: Pen) -> None:
-            if found(kind, pen.get(kind, identity)).get("status") == "processing":
+            if existing(kind, pen.get(kind, identity)).get("status") == "processing":
                 raise Conflict(f"{identity} is being executed; it can be deleted when it has ended")
             pen.delete(kind, identity, pen.now)
 
@@ -1855,7 +1855,7 @@ def expire(pen: Pen, identities: list[str]) -> None:
             put_command(pen, known, overdue(known, pen.now))
 
 
-def found(kind: str, record: T | None) -> T:
+def existing(kind: str, record: T | None) -> T:
     if record is None:
         raise NotFound(f"{SINGULAR[kind]} not found")
     return record
