@@ -61,7 +61,7 @@ STEPS = ((0.0, signal.SIGINT), (2.0, signal.SIGTERM), (7.0, signal.SIGKILL))  # 
 DRAIN_S = 0.2  # for output to arrive after the command ended; a child left behind may hold the pipe for ever
 NOTICE_S = 0.25  # between looks whether a running command is to end
 LEASE_S = 45.0  # a claim that is not renewed for so long is lost
-POLL_S = 0.02  # between looks at the folder
+POLL_S = 0.025  # between looks at the folder
 HOLD_S = 25.0  # a request that waits for news
 RETRY_S = 20.0  # the longest pause before trying to reach the service again
 STOP_S = 5.0  # for running commands when the agent is told to stop
@@ -553,21 +553,23 @@ class FolderLink:
         self.rules, self.poll = kirosync, poll
         self.store = kirosync.Store(directory, kinds=("commands",))
         self.cursor: str | None = None
-        self.seen, self.looked = 0, 0.0
+        self.revision = -1
+        self.commands = os.fspath(self.store.directory / "commands")
+        self.seen, self.looked = 0, 0.0  # its mtime in ns, and when it was last looked into
 
     def changes(self, seconds: float) -> dict[str, Record]:
         until = time.monotonic() + seconds
-        while True:
-            self.look()
-            delta = self.store.delta(self.cursor)
-            self.cursor = delta.cursor
-            if delta or time.monotonic() >= until or self.store.closed:
-                return {identity: entry.record(identity) for identity, entry in delta.changed["commands"].items()}
+        while self.revision == self.store.revision and time.monotonic() < until and not self.store.closed:
             time.sleep(self.poll)
+            self.look()
+        delta = self.store.delta(self.cursor)
+        self.cursor, self.revision = delta.cursor, delta.revision
+        return {identity: entry.record(identity) for identity, entry in delta.changed["commands"].items()}
 
     def look(self) -> None:
-        """Notice a command that someone put into the folder by hand, within two seconds."""
-        modified = os.stat(self.store.directory / "commands").st_mtime_ns
+        """Notice what is new: by the journal, or, put into the folder by hand, within two seconds."""
+        self.store.refresh()
+        modified = os.stat(self.commands).st_mtime_ns
         if modified != self.seen and time.monotonic() - self.looked > self.rules.LOOK_S:
             self.seen, self.looked = modified, time.monotonic()
             self.store.notice(None)

@@ -289,6 +289,8 @@ def name_of(identity: str) -> str:
     >>> name_of("../etc"), name_of("a~b"), name_of("Straße")
     ('%2E.%2Fetc', 'a%7Eb', 'Stra%C3%9Fe')
     """
+    if re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", identity):
+        return identity
     name = urllib.parse.quote(identity, safe="").replace("~", "%7E")
     return "%2E" + name[1:] if name.startswith(".") else name
 
@@ -683,22 +685,22 @@ def date(messages: list[bytes], revision: int, known: Entry | None) -> str:
     return pack([when.get(message, revision) for message in messages])
 
 
+def without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a FIFO must not block
+
+
 def read_file(path: Path) -> tuple[bytes, Stamp]:
     """Return the bytes and the stamp of a plain file; raise FileNotFoundError, or Unreadable."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO must not block
+        with open(path, "rb", buffering=0, opener=without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise Unreadable("is not a plain file")
+            return file.read(), stamp_of(status)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise Unreadable(error.strerror) from None
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise Unreadable("is not a plain file")
-        with os.fdopen(os.dup(fd), "rb") as file:
-            return file.read(), stamp_of(status)
-    finally:
-        os.close(fd)
 
 
 def stamp_of(status: os.stat_result) -> Stamp:
@@ -993,13 +995,14 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.name = os.fspath(path)  # a stat by Path takes twice as long, and this one is made all the time
         self.fd = os.open(path, self.FLAGS, 0o600)
         self.known = (0, 0)  # the inode, and the size up to which it has been read
 
     def moved(self) -> bool:
         """Return whether someone else has entered a line, or replaced the file; costs one stat."""
         try:
-            status = os.stat(self.path)
+            status = os.stat(self.name)
         except FileNotFoundError:
             return True
         return (status.st_ino, status.st_size) != self.known
