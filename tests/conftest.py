@@ -13,6 +13,8 @@ import webtest
 
 import kirosync
 
+collect_ignore = ["seed"]  # clients to be run, not modules to be imported
+
 ROOT = Path(__file__).parent.parent
 TOKEN = "test-token"
 

@@ -325,6 +325,13 @@ for room in range(0, 300, 7):                    # the journal's line is cut off
         assert full.status == 507
     assert (store.directory / "journal.jsonl").stat().st_size == size
     assert len(store.entries["documents"]) == done
+for size in (0, 100, 5000):                      # the record itself, cut off anywhere
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    try:
+        store.change(lambda pen: pen.put("documents", "large", {"content": "x" * 9000, "timestamp": 1}))
+        raise SystemExit("written beyond the limit")
+    except kirosync.Full:
+        assert not [path for path in store.directory.rglob(".*.json.*")]
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 assert done > 5
 put(done)
