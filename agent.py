@@ -771,8 +771,9 @@ def link_of(arguments: argparse.Namespace) -> tuple[Link, Path]:
         token = Path(arguments.token_file).read_text().strip()
     if not token:
         sys.exit("agent: --server wants a token: give --token-file FILE, or set KIROSYNC_TOKEN")
-    folder = Path(tempfile.gettempdir()) / f"kirosync-agents-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    service = re.sub(r"\W+", "_", arguments.server)
+    folder = Path(tempfile.gettempdir()) / f"kirosync-agents-{os.getuid()}" / service
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return HttpLink(arguments.server, token), folder
 
 

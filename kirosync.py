@@ -409,22 +409,24 @@ def trust_clock(document: Record, known: Record | None, now: int) -> Record:
     return {**document, "timestamp": now} if document["timestamp"] > now + AHEAD_MS else document
 
 
-def bury(record: Record, grave: Record | None, before: int) -> Record:
-    """Return the tombstone of *record*: its last version, and ``before``, the latest time that is dead with it.
+def bury(record: Record, grave: Record | None, before: int, whole: bool) -> Record:
+    """Return the tombstone of *record*: ``deletedBefore``, the latest time that is dead with it, and its last version.
 
-    A conversation that was deleted twice keeps the messages of both.
+    If it is not to be *whole*, it holds no more than it takes to tell old from new: no content of a
+    document, and of a conversation the messages later than ``deletedBefore``. One that was deleted twice keeps both.
     """
-    grave = grave or {"before": 0}
-    before = max(before, grave["before"])
+    before = max(before, (grave or {}).get("deletedBefore", 0))
     if "messages" not in record:
-        return {**record, "before": max(before, record.get("timestamp", before))}
-    return {**record, "messages": merge_messages(grave.get("messages", []), record["messages"])[0], "before": before}
+        kept = record if whole else {key: value for key, value in record.items() if key != "content"}
+        return {**kept, "deletedBefore": max(before, record.get("timestamp", before))}
+    dead = [message for message in record["messages"] if whole or message["timestamp"] > before]
+    return {**record, "messages": merge_messages((grave or {}).get("messages", []), dead)[0], "deletedBefore": before}
 
 
 def risen(messages: list[Record], grave: Record) -> tuple[list[Record], list[Record]]:
     """Return which of *messages* are newer than their conversation's *grave*, and which are dead.
 
-    >>> grave = {"before": 5, "messages": [{"role": "a", "content": "x", "timestamp": 9}]}
+    >>> grave = {"deletedBefore": 5, "messages": [{"role": "a", "content": "x", "timestamp": 9}]}
     >>> risen([{"role": "a", "content": text, "timestamp": 9} for text in "xy"], grave)[0]
     [{'role': 'a', 'content': 'y', 'timestamp': 9}]
     """
@@ -432,7 +434,7 @@ def risen(messages: list[Record], grave: Record) -> tuple[list[Record], list[Rec
     dead: list[Record] = []
     for message in messages:
         same = [known for known in grave["messages"] if identity_of(known) == identity_of(message)]
-        buried = message["timestamp"] <= grave["before"] or (same and merge_messages(same, [message])[0] == same)
+        buried = message["timestamp"] <= grave["deletedBefore"] or (same and merge_messages(same, [message])[0] == same)
         (dead if buried else alive).append(message)
     return alive, dead
 
@@ -571,6 +573,7 @@ def complete(kind: str, found: Record, edited: int, now: int) -> Record:
     >>> complete("documents", {"id": "d", "content": "by hand", "timestamp": 1}, edited=7, now=8)["timestamp"]
     7
     """
+    found = {key: value for key, value in found.items() if key != "deletedBefore"}  # brought back from deleted/
     if kind == "documents":
         return {**found, "timestamp": max(found.get("timestamp", edited), min(edited, now))}
     if kind == "commands" and "status" not in found:
@@ -830,10 +833,10 @@ class Pen:
         file = self.store.file(kind, identity, "put", self.revision)
         self.files[file.path] = file, text
 
-    def delete(self, kind: str, identity: str, before: int) -> None:
-        """Leave a tombstone in place of the record; nothing as old as *before* (ms) comes back."""
+    def delete(self, kind: str, identity: str, before: int, whole: bool = True) -> None:
+        """Leave a tombstone (see bury) in place of the record; nothing as old as *before* (ms) comes back."""
         record = self.get(kind, identity) or ({"messages": []} if kind == "conversations" else {})
-        wire = msgspec.json.encode({**bury(record, self.grave(kind, identity), before), "id": identity})
+        wire = msgspec.json.encode({**bury(record, self.grave(kind, identity), before, whole), "id": identity})
         self._enter(kind, identity, "delete")
         self.entries[kind, identity] = None
         self.files.pop(self.store.path(kind, identity), None)
@@ -848,7 +851,7 @@ class Pen:
         if (kind, identity, "delete") not in self.store.recent:
             return None
         try:
-            return {"before": 0, "messages": [], **msgspec.json.decode(read_file(path)[0])}
+            return {"deletedBefore": 0, "messages": [], **msgspec.json.decode(read_file(path)[0])}
         except (FileNotFoundError, Unreadable, msgspec.DecodeError, TypeError):
             return None  # removed or spoiled by hand: then nothing is dead
 
@@ -880,7 +883,7 @@ class Pen:
             record = complete(kind, found, edited, self.now)
         except FileNotFoundError:
             log.info("%s/%s was removed by hand", kind, name)
-            return self.delete(kind, identity, self.now)
+            return self.delete(kind, identity, self.now, whole=False)  # who makes room is to have it
         except (Unreadable, Malformed) as reason:
             if not self.store.postpone(kind, name, self.now):
                 self._quarantine(kind, name, str(reason))
@@ -1541,8 +1544,8 @@ def take_messages(pen: Pen, identity: str, messages: list[Record]) -> None:
 def take_document(pen: Pen, identity: str, document: Record) -> None:
     known, grave = pen.get("documents", identity), pen.grave("documents", identity)
     document = trust_clock({"id": identity, **document}, known, pen.now)
-    if grave and document["timestamp"] <= grave["before"]:
-        return pen.keep("documents", identity, [document] if document["content"] != grave.get("content") else [])
+    if grave and document["timestamp"] <= grave["deletedBefore"]:
+        return pen.keep("documents", identity, [document] if document["timestamp"] != grave.get("timestamp") else [])
     merged, losers = merge_document(known, document) if known else (document, [])
     pen.keep("documents", identity, losers)
     pen.put("documents", identity, merged)
@@ -1550,7 +1553,7 @@ def take_document(pen: Pen, identity: str, document: Record) -> None:
 
 def take_command(pen: Pen, identity: str, command: Record) -> None:
     known, grave = pen.get("commands", identity), pen.grave("commands", identity)
-    if grave and not known and command.get("updatedAt", command.get("createdAt", 0)) <= grave["before"]:
+    if grave and not known and command.get("updatedAt", command.get("createdAt", 0)) <= grave["deletedBefore"]:
         return
     put_command(pen, known, merge_command(known, {**command, "id": identity}, pen.now))
 

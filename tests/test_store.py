@@ -374,3 +374,26 @@ def test_unknown_fields_of_a_conversation_file_are_kept(store, state):
     store.notice(None)
     push(store, conversations={"c": [YO]})
     assert json.loads((state / "conversations" / "c.json").read_text())["title"] == "mine"
+
+
+def test_what_was_deleted_through_the_service_can_be_moved_back(store, state, clock):
+    push(store, conversations={"c": [HI]}, documents={"d": {"content": "x", "timestamp": 1}})
+    for kind, identity in (("conversations", "c"), ("documents", "d")):
+        store.change(lambda pen, kind=kind, identity=identity: pen.delete(kind, identity, pen.now))
+        (state / "deleted" / kind / f"{identity}.json").rename(state / kind / f"{identity}.json")
+    store.notice(None)
+    assert shown(store) == {"c": [HI]}
+    document = shown(store, kind="documents")["d"]
+    assert document.keys() == {"content", "timestamp"}
+    push(store, conversations={"c": [HI, YO]})
+    assert shown(store) == {"c": [HI, YO]}
+
+
+def test_removing_a_file_by_hand_makes_room(store, state):
+    push(store, documents={"d": {"content": "x" * 9999, "path": "p", "timestamp": 1}})
+    (state / "documents" / "d.json").unlink()
+    store.notice(None)
+    assert (state / "deleted" / "documents" / "d.json").stat().st_size < 300
+    push(store, documents={"d": {"content": "x" * 9999, "path": "p", "timestamp": 1}})
+    assert shown(store, kind="documents") == {}
+    assert not (state / "history" / "documents").exists()
