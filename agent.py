@@ -63,7 +63,7 @@ NOTICE_S = 0.25  # between looks whether a running command is to end
 LEASE_S = 45.0  # a claim that is not renewed for so long is lost
 POLL_S = 0.025  # between looks at the folder
 HOLD_S = 25.0  # a request that waits for news
-RETRY_S = 20.0  # the longest pause before trying to reach the service again
+RETRY_S = 5.0  # the longest pause before trying to reach the service again; a lease must outlast it
 STOP_S = 5.0  # for running commands when the agent is told to stop
 
 
@@ -312,7 +312,10 @@ def replace(path: Path, content: bytes, mode: str | None) -> None:
         raise Failed(f"{path.parent} does not exist; make it first")
     if mode is not None and not re.fullmatch(r"(0o?)?[0-7]{3,4}", mode):
         raise Failed(f"mode: {mode!r} is not octal, such as 644")
-    fd, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
+    try:
+        fd, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
+    except OSError as error:
+        raise Failed(f"{path}: cannot be written: {error.strerror}") from None
     try:
         with os.fdopen(fd, "wb") as file:
             file.write(content)
@@ -455,7 +458,7 @@ def aws_operation(command: Record) -> Any:
 
     try:
         session = boto3.Session(profile_name=command.get("profile"), region_name=command.get("region"))
-        client = session.client(command["service"].lower())
+        client = session.client(spelled("service", command["service"], session.get_available_services()))
         operations = client.meta.method_to_api_mapping
         operation = spelled("operation", command["operation"], operations)
         known = client.meta.service_model.operation_model(operations[operation]).input_shape
@@ -469,6 +472,9 @@ def aws_operation(command: Record) -> Any:
         result = {"code": said.get("Code"), "message": said.get("Message")}
         result["requestId"] = error.response.get("ResponseMetadata", {}).get("RequestId")
         raise Failed(f"{result['code']}: {result['message']}", result=result) from None
+    except (refused.NoCredentialsError, refused.NoRegionError) as error:
+        where = "on the agent's machine, in its environment or ~/.aws; or name a profile or region in the command"
+        raise Failed(f"{error} ({where})") from None
     except refused.BotoCoreError as error:
         raise Failed(str(error)) from None
 
@@ -478,8 +484,9 @@ def spelled(field: str, given: str, known: Iterable[str]) -> str:
     plain_names = {re.sub(r"[-_]", "", name).lower(): name for name in known}
     name = re.sub(r"[-_]", "", given).lower()
     if name not in plain_names:
-        near = difflib.get_close_matches(name, plain_names, 3) or sorted(plain_names)[:8]
-        raise Failed(f"{field}: no {given!r} here; there is {', '.join(plain_names[each] for each in near)}")
+        near = difflib.get_close_matches(name, plain_names, 3, 0.4) or sorted(plain_names)[:8]
+        there = ", ".join(plain_names[each] for each in near)
+        raise Failed(f"{field}: no {given!r} here; of {len(plain_names)} there are, perhaps {there}")
     return plain_names[name]
 
 
@@ -614,7 +621,9 @@ class HttpLink:
             status, said = answer.status, json.loads(answer.data)
         except (self.errors.HTTPError, ValueError) as error:
             raise Unreachable(f"{self.server}: {error}") from None
-        if status in (401, 429, 500, 502, 503, 504, 507):
+        if status == 401:
+            raise Unreachable(f"{self.server} does not take the token; is it that service's?")
+        if status in (429, 500, 502, 503, 504, 507):
             raise Unreachable(f"{self.server} answered {status}: {said.get('error')}")
         return status, said
 
@@ -653,6 +662,7 @@ class Agent:
         self.queued: set[str] = set()
         self.running: dict[str, int] = {}  # id: attempt
         self.renewed = clock()
+        self.told: queue.SimpleQueue[None] = queue.SimpleQueue()  # to stop: put() is safe in a signal handler
         self.stopping = threading.Event()  # nothing more is claimed
         self.ending = threading.Event()  # what runs is to end
         self.workers = [threading.Thread(target=self.work, daemon=True) for _ in range(jobs)]
@@ -728,12 +738,13 @@ class Agent:
                     log.warning("%s; trying again", error)
                     self.stopping.wait(min(RETRY_S, 0.25 * 2**failures))
         finally:
-            self.stopping.set()
+            self.told.put(None)
 
     def run(self) -> None:
         """Work until told to stop; then let what runs finish for STOP_S, and end it."""
         threading.Thread(target=self.follow, daemon=True).start()
-        self.stopping.wait()
+        self.told.get()
+        self.stopping.set()
         self.link.close()
         for _ in self.workers:
             self.waiting.put(None)
@@ -761,28 +772,36 @@ def hold_name(name: str, folder: Path) -> IO[str]:
 
 def link_of(arguments: argparse.Namespace) -> tuple[Link, Path]:
     """Return the link that *arguments* ask for, and the folder of the agents' locks."""
-    if not arguments.server:
-        directory = Path(arguments.state)
-        folder = directory / "agents"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return FolderLink(directory, arguments.poll), folder
-    token = os.environ.get("KIROSYNC_TOKEN", "")
-    if arguments.token_file:
-        token = Path(arguments.token_file).read_text().strip()
-    if not token:
-        sys.exit("agent: --server wants a token: give --token-file FILE, or set KIROSYNC_TOKEN")
-    service = re.sub(r"\W+", "_", arguments.server)
-    folder = Path(tempfile.gettempdir()) / f"kirosync-agents-{os.getuid()}" / service
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return HttpLink(arguments.server, token), folder
+    try:
+        if not arguments.server:
+            directory = Path(arguments.state)
+            return FolderLink(directory, arguments.poll), directory / "agents"
+        if not re.match(r"https?://", arguments.server):
+            sys.exit(f"agent: --server wants a URL, such as http://{arguments.server}")
+        token = os.environ.get("KIROSYNC_TOKEN", "")
+        token = Path(arguments.token_file).read_text().strip() if arguments.token_file else token
+        if not token:
+            sys.exit("agent: --server wants a token: give --token-file FILE, or set KIROSYNC_TOKEN")
+        service = re.sub(r"\W+", "_", arguments.server)
+        return HttpLink(arguments.server, token), Path(tempfile.gettempdir(), f"kirosync-{os.getuid()}", service)
+    except ModuleNotFoundError as error:
+        sys.exit(
+            f"agent: {error.name} is missing: --state needs kirosync.py and its packages beside it, --server urllib3"
+        )
+    except OSError as error:
+        sys.exit(f"agent: {explain(error)}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="agent.py", description="Executes the commands of kirosync.")
+    shown = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(
+        "agent.py", description="Executes the commands of kirosync.", formatter_class=shown
+    )
     beside = str(Path(__file__).absolute().with_name("state"))
-    parser.add_argument("--state", default=os.environ.get("KIROSYNC_STATE", beside), help="the state directory")
-    parser.add_argument("--server", help="the service's URL, instead of the state directory")
-    parser.add_argument("--token-file", help="holds the token; else KIROSYNC_TOKEN")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--state", default=os.environ.get("KIROSYNC_STATE", beside), help="the state directory")
+    where.add_argument("--server", help="the service's URL, instead of the state directory")
+    parser.add_argument("--token-file", help="holds the token for --server; else KIROSYNC_TOKEN does")
     parser.add_argument("--name", default=socket.gethostname(), help="what this agent is known by; one of a kind")
     parser.add_argument("--jobs", type=int, default=4, help="commands at once")
     parser.add_argument("--poll", type=float, default=POLL_S, help="seconds between looks at the state directory")
@@ -792,10 +811,11 @@ def main() -> None:
         return execute_here()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s [%(process)d] %(levelname)s %(message)s")
     link, folder = link_of(arguments)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with hold_name(arguments.name, folder):
         agent = Agent(link, arguments.name, arguments.jobs)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: agent.stopping.set())
+            signal.signal(number, lambda *_: agent.told.put(None))
         log.info("agent %s at %s", arguments.name, arguments.server or arguments.state)
         agent.run()
     return None

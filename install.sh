@@ -50,6 +50,17 @@ ensure_venv() {
   cat requirements*.txt > "$stamp"
 }
 
+# Say whether the service at $1:$2 answers to the token of the state directory $3: another's would not.
+answers() {
+  .venv/bin/python - "$@" <<'PY' 2>/dev/null
+import os, pathlib, sys, urllib.request
+host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(sys.argv[1], sys.argv[1])
+token = os.environ.get("KIROSYNC_TOKEN") or pathlib.Path(sys.argv[3], "token").read_text().strip()
+request = urllib.request.Request(f"http://{host}:{sys.argv[2]}/commands?limit=0", headers={"Authorization": f"Bearer {token}"})
+urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=5)
+PY
+}
+
 # End the processes that run_both started, and wait for them.
 end_both() {
   trap - EXIT INT TERM
@@ -65,17 +76,10 @@ run_both() {
   trap 'end_both; exit 0' INT TERM
   .venv/bin/python kirosync.py serve --host "$host" --port "$port" --state "$state" &
   pids+=($!)
-  until .venv/bin/python - "$host" "$port" <<'PY' 2>/dev/null
-import sys, urllib.request
-host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(sys.argv[1], sys.argv[1])
-opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-opener.open(f"http://{host}:{sys.argv[2]}/health", timeout=5)
-PY
-  do
+  until answers "$host" "$port" "$state"; do
     kill -0 "${pids[0]}" 2>/dev/null || fail "the service did not start; see above"
     sleep 0.1
   done
-  kill -0 "${pids[0]}" 2>/dev/null || fail "the service did not start; see above"
   .venv/bin/python agent.py --state "$state" &
   pids+=($!)
   secret="\$(cat '$state/token')"

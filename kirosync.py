@@ -190,11 +190,13 @@ def shape(required: dict[str, Any], optional: dict[str, Any]) -> Any:
 Text = Annotated[str, msgspec.Meta(min_length=1)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=ID_CHARACTERS)]
 Count = number(int, ge=0, le=INTEGER)
-Time = number(int, ge=-INTEGER, le=INTEGER) | number(float, ge=-INTEGER, le=INTEGER)
-Run = number(int, gt=0, le=LONGEST_RUN_S) | number(float, gt=0, le=LONGEST_RUN_S)
-Stay = number(int, gt=0, le=LONGEST_STAY_S) | number(float, gt=0, le=LONGEST_STAY_S)
+Time = number(float, ge=-INTEGER, le=INTEGER)
+Run = number(float, gt=0, le=LONGEST_RUN_S)
+Stay = number(float, gt=0, le=LONGEST_STAY_S)
 Status = Literal["pending", "processing", "completed", "failed"]
 Outcome = Literal["ok", "exit", "error", "timeout", "cancelled", "expired", "lost", "refused"]
+Encoding = Literal["utf-8", "base64"]
+POSSIBLE = {"status": get_args(Status), "outcome": get_args(Outcome), "encoding": get_args(Encoding)}
 
 MESSAGE = shape({"role": Name, "content": str, "timestamp": Time}, {"id": str | int, "metadata": dict[str, Any]})
 MESSAGES: Any = list[MESSAGE]  # type: ignore[valid-type]
@@ -209,7 +211,7 @@ ORDERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "read_file": ({"path": Text}, {"offset": Count, "limit": Count, "tail": Count}),
     "write_file": (
         {"path": Text, "content": str},
-        {"encoding": Literal["utf-8", "base64"], "mode": str, "append": bool, "expectedSha256": str | None},
+        {"encoding": Encoding, "mode": str, "append": bool, "expectedSha256": str | None},
     ),
     "list_directory": ({"path": Text}, {"recursive": bool, "glob": Text, "limit": Count}),
     "aws_operation": (
@@ -246,7 +248,7 @@ def check(shape: Any, value: Any, where: str) -> Any:
     >>> check(MESSAGE, {"role": "user", "content": "", "timestamp": "now"}, "m")
     Traceback (most recent call last):
         ...
-    kirosync.Malformed: m.timestamp: expected int or float, got str
+    kirosync.Malformed: m.timestamp: expected number, got str
     >>> check(MESSAGE, {"role": "user", "timestamp": 1}, "m")
     Traceback (most recent call last):
         ...
@@ -256,12 +258,26 @@ def check(shape: Any, value: Any, where: str) -> Any:
         msgspec.convert(value, shape)
     except msgspec.ValidationError as error:
         problem, _, path = str(error).partition(" - at `$")
-        field = where + path.rstrip("`")
+        field = (where + path.rstrip("`")).lstrip(".")
         if missing := re.fullmatch(r"Object missing required field `(.*)`", problem):
             raise Malformed(f"{field}.{missing[1]}".lstrip("."), "is required") from None
-        problem = problem[0].lower() + problem[1:].replace("`", "").replace(" | ", " or ")
-        raise Malformed(field.lstrip("."), problem) from None
+        problem = problem[0].lower() + problem[1:].replace("`", "").replace("float", "number")
+        if problem.startswith("invalid enum value"):
+            problem += f", possible are {', '.join(POSSIBLE[field.rpartition('.')[2]])}"
+        raise Malformed(field, problem) from None
     return value
+
+
+def parse(raw: bytes) -> Any:
+    """Return what the JSON *raw* says; raise Malformed with what is wrong with it."""
+    try:
+        return msgspec.json.decode(raw)
+    except RecursionError:
+        raise Malformed("", f"nested more than {NESTING} deep") from None
+    except ValueError as error:
+        half = re.search(rb"\\u[dD][89a-fA-F]", raw)
+        problem = "it ends too early" if "truncated" in str(error) else str(error)
+        raise Malformed("", f"not JSON: {'half of a surrogate pair is no text' if half else problem}") from None
 
 
 def check_id(identity: str, where: str = "id") -> str:
@@ -272,14 +288,14 @@ def check_id(identity: str, where: str = "id") -> str:
     >>> check_id("a\\0b")
     Traceback (most recent call last):
         ...
-    kirosync.Malformed: id: has a control character at position 1
+    kirosync.Malformed: id: an id has no control characters, this one has one at 1
     """
     if not 1 <= len(identity) <= ID_CHARACTERS:
-        raise Malformed(where, f"must have 1 to {ID_CHARACTERS} characters, has {len(identity)}")
+        raise Malformed(where, f"an id has 1 to {ID_CHARACTERS} characters, this one has {len(identity)}")
     if bad := re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", identity):
-        raise Malformed(where, f"has a control character at position {bad.start()}")
+        raise Malformed(where, f"an id has no control characters, this one has one at {bad.start()}")
     if len(name := name_of(identity)) > NAME_BYTES:
-        raise Malformed(where, f"makes a file name of {len(name)} bytes, {NAME_BYTES} fit")
+        raise Malformed(where, f"the file name of this id would have {len(name)} bytes, {NAME_BYTES} fit")
     return identity
 
 
@@ -514,28 +530,33 @@ def end(command: Record, now: int) -> Record:
     return {**command, "outcome": command.get("outcome", outcome), "endedAt": now}
 
 
-def deadline(command: Record) -> float | None:
-    """Return the moment (ms) from which *command* is overdue, or None for one that has ended."""
+def deadline(command: Record, listening: float = 0) -> float | None:
+    """Return the moment (ms) from which *command* is overdue, or None for one that has ended.
+
+    *listening* is since when (ms) reports can be heard: an agent is given time to reach a service that was down.
+    """
     if command["status"] == "pending":
         return float(command["createdAt"] + command.get("expiresIn", EXPIRES_S) * 1000)
     if command["status"] == "processing":
         unheard = command.get("startedAt", command["createdAt"]) + (command.get("timeout", RUN_S) + GRACE_S) * 1000
-        return float(command.get("leaseUntil", unheard))
+        due = float(command.get("leaseUntil", unheard))
+        return max(due, listening + GRACE_S * 1000) if command["updatedAt"] < listening else due
     return None
 
 
-def overdue(command: Record, now: int) -> Record:
+def overdue(command: Record, now: int, listening: float = 0) -> Record:
     """Return *command* as it stands at *now*: what nobody took has expired, what nobody reported is lost.
 
-    >>> overdue({"id": "c", "status": "pending", "createdAt": 0, "expiresIn": 1}, now=1001)["outcome"]
+    >>> overdue({"id": "c", "type": "t", "status": "pending", "createdAt": 0, "expiresIn": 1}, now=1001)["outcome"]
     'expired'
     """
-    due = deadline(command)
+    due = deadline(command, listening)
     if due is None or due >= now:
         return command
     if command["status"] == "pending":
+        who = f"the agent {command['target']}" if "target" in command else f"an agent for {command['type']}"
         waited = (now - command["createdAt"]) // 1000
-        return fail(command, "expired", f"no agent took it in {waited} s; queue it again if it is still wanted", now)
+        return fail(command, "expired", f"{who} did not take it in {waited} s; queue it again if still wanted", now)
     if command.get("retryable"):
         return advance(command, {"status": "pending"}, now)
     return fail(command, "lost", f"{command.get('agent', 'the agent')} stopped reporting; how it ended is unknown", now)
@@ -715,13 +736,13 @@ def read_record(kind: str, name: str, path: Path) -> tuple[Entry, Record]:
     raw, stamp = read_file(path)
     identity = urllib.parse.unquote(name)
     try:
-        record = check(dict[str, Any], msgspec.json.decode(raw), "")
+        record = check(dict[str, Any], parse(raw), "")
         if name_of(check_id(identity)) != name:
             raise Malformed("", f"the name of this file should be {name_of(identity)}.json")
         revision = check(Count, record.pop("revision", 0), "revision")
         record.pop("id", None)
         check(FOUND[kind], record, "")
-    except (Malformed, ValueError, RecursionError) as error:
+    except Malformed as error:
         raise Unreadable(str(error)) from None
     if kind != "conversations":
         wire, more = msgspec.json.encode(record), {}
@@ -836,7 +857,8 @@ class Pen:
     def delete(self, kind: str, identity: str, before: int, whole: bool = True) -> None:
         """Leave a tombstone (see bury) in place of the record; nothing as old as *before* (ms) comes back."""
         record = self.get(kind, identity) or ({"messages": []} if kind == "conversations" else {})
-        wire = msgspec.json.encode({**bury(record, self.grave(kind, identity), before, whole), "id": identity})
+        grave = bury(record, self.grave(kind, identity), before, whole)
+        wire = msgspec.json.encode({key: value for key, value in grave.items() if key not in ("id", "revisions")})
         self._enter(kind, identity, "delete")
         self.entries[kind, identity] = None
         self.files.pop(self.store.path(kind, identity), None)
@@ -913,10 +935,12 @@ class Pen:
         identity = urllib.parse.unquote(name)
         known = self._staged(kind, identity)
         self.store.quarantine(kind, name, reason)
-        self._enter(kind, identity, "quarantine")
         self.entries[kind, identity] = None
         if known:
-            self.put(kind, identity, known.record(identity))
+            return self.put(kind, identity, known.record(identity))
+        (self.store.directory / kind / f"{name}.json").unlink(missing_ok=True)
+        if (kind, identity, "put") in self.store.recent:
+            self._enter(kind, identity, "quarantine")
 
     def _entry(self, kind: str, identity: str) -> Entry | None:
         """Return what the record is now, after a look whether its file was changed by hand."""
@@ -1331,7 +1355,11 @@ class Store:
         """Move a file that is no record aside, with the *reason* beside it."""
         place = self.directory / "quarantine" / f"{kind}.{name}.{self.clock()}"
         place.with_name(place.name + ".reason").write_text(reason + "\n")
-        os.rename(self.directory / kind / f"{name}.json", place)
+        path = self.directory / kind / f"{name}.json"
+        if path.is_file():
+            os.link(path, place)  # it stays where it is until what was known takes its place: never neither
+        else:
+            os.rename(path, place)
         log.warning("%s/%s.json is not a record and was moved to quarantine/%s: %s", kind, name, place.name, reason)
 
     def _catch_up(self) -> None:
@@ -1590,7 +1618,7 @@ class Service:
 
     def __init__(self, store: Store, token: str, host: str = "127.0.0.1", port: int = 0, threads: int = THREADS):
         self.store, self.token, self.host, self.port = store, token, host, port
-        self.started = time.monotonic()
+        self.started, self.listening = time.monotonic(), store.clock()
         self.waiters = threading.BoundedSemaphore(max(1, threads - max(2, threads // 4)))
         self.app: Any = bottle.Bottle()
         self.app.config["catchall"] = False  # answer() catches; beyond it a failure is waitress's to report
@@ -1664,7 +1692,10 @@ class Service:
         raw = request.environ["wsgi.input"].read(length)
         if not raw.strip():
             raise Malformed("", "the body is empty; a JSON object belongs there")
-        return check(dict[str, Any], decode(raw), "")  # type: ignore[no-any-return]
+        try:
+            return check(dict[str, Any], parse(raw), "")  # type: ignore[no-any-return]
+        except Malformed as problem:
+            raise Malformed("", f"the body is no JSON object: {problem}") from None
 
     def seconds(self, name: str = "wait") -> float:
         """Return how long (s) the caller is ready to wait, at most WAIT_S."""
@@ -1841,10 +1872,10 @@ class Service:
             delta = self.store.delta(cursor)
             cursor = delta.cursor
             for identity, entry in delta.changed["commands"].items():
-                due[identity] = deadline(entry.record(identity)) or float("inf")
+                due[identity] = deadline(entry.record(identity), self.listening) or float("inf")
             now = self.store.clock()
             if late := [identity for identity, moment in due.items() if moment < now]:
-                self.store.change(lambda pen, late=late: expire(pen, late))  # type: ignore[misc]
+                self.store.change(lambda pen, late=late: expire(pen, late, self.listening))  # type: ignore[misc]
             due = {identity: moment for identity, moment in due.items() if now <= moment < float("inf")}
             time.sleep(SWEEP_S)
 
@@ -1855,10 +1886,10 @@ def header(name: str) -> str:
     return str(bottle.request.environ.get(key if key == "CONTENT_TYPE" else f"HTTP_{key}", ""))
 
 
-def expire(pen: Pen, identities: list[str]) -> None:
+def expire(pen: Pen, identities: list[str], listening: float) -> None:
     for identity in identities:
         if known := pen.get("commands", identity):
-            put_command(pen, known, overdue(known, pen.now))
+            put_command(pen, known, overdue(known, pen.now, listening))
 
 
 def existing(kind: str, record: T | None) -> T:
@@ -1872,16 +1903,6 @@ def delta_of(delta: Delta, kinds: Iterable[str]) -> Iterator[Any]:
     yield delta.full
     for kind in kinds:
         yield from (delta.changed[kind], delta.deleted[kind])
-
-
-def decode(raw: bytes) -> Any:
-    try:
-        return msgspec.json.decode(raw)
-    except RecursionError:
-        raise Malformed("", f"the body is nested more than {NESTING} deep") from None
-    except ValueError as error:
-        lone = " (half of a surrogate pair is no text)" if re.search(rb"\\u[dD][89a-fA-F]", raw) else ""
-        raise Malformed("", f"the body is not JSON: {error}{lone}") from None
 
 
 def check_path(path: str) -> None:
@@ -1932,10 +1953,12 @@ class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
 
     def execute(self) -> None:
         refused = self.request.error
+        too_large = f"the body is too large: {BODY_BYTES} bytes are possible"
+        sentence = too_large if refused.code == 413 else f"{refused.reason}: {refused.body}"
         refused.to_response = lambda ident=None: (
             f"{refused.code} {refused.reason}",
             [("Content-Type", "application/json"), ("X-Request-Id", secrets.token_hex(8))],
-            msgspec.json.encode({"error": refused.reason, "message": refused.body}),
+            msgspec.json.encode({"error": sentence}),
         )
         super().execute()
 
@@ -1971,7 +1994,10 @@ def listen(service: Service, threads: int) -> Any:
             ident="kirosync",
         )
     except OSError as error:
-        sys.exit(f"kirosync: cannot listen on {service.host}:{service.port}: {error.strerror}; choose with --port")
+        sys.exit(
+            f"kirosync: cannot listen on {service.host}:{service.port}: {error.strerror}; "
+            "choose another with --port or KIROSYNC_PORT"
+        )
     server.channel_class = Channel
     return server
 
@@ -2001,12 +2027,14 @@ def serve(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="kirosync.py", description="One queue and one shared memory.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("serve", help="run the service")
+    shown = argparse.ArgumentDefaultsHelpFormatter
+    command = commands.add_parser("serve", help="run the service", formatter_class=shown)
     beside = Path(__file__).absolute().with_name("state")
-    command.add_argument("--host", default=os.environ.get("KIROSYNC_HOST", "127.0.0.1"))
-    command.add_argument("--port", type=int, default=int(os.environ.get("KIROSYNC_PORT", "3001")))
-    command.add_argument("--state", default=os.environ.get("KIROSYNC_STATE", str(beside)))
-    command.add_argument("--threads", type=int, default=THREADS)
+    environ = os.environ.get
+    command.add_argument("--host", default=environ("KIROSYNC_HOST", "127.0.0.1"), help="address (KIROSYNC_HOST)")
+    command.add_argument("--port", type=int, default=environ("KIROSYNC_PORT", "3001"), help="port (KIROSYNC_PORT)")
+    command.add_argument("--state", default=environ("KIROSYNC_STATE", str(beside)), help="directory (KIROSYNC_STATE)")
+    command.add_argument("--threads", type=int, default=THREADS, help="requests at once; a held one counts")
     command.set_defaults(run=serve)
     arguments = parser.parse_args()
     arguments.run(arguments)
