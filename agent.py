@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import ctypes
 import difflib
 import fcntl
 import fnmatch
@@ -28,8 +29,8 @@ import itertools
 import json
 import logging
 import os
-import queue
 import re
+import secrets
 import selectors
 import shutil
 import signal
@@ -41,6 +42,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
@@ -55,7 +57,7 @@ ENTRIES = 10_000  # of a directory that a result holds
 MATCHES = 1_000  # of a search that a result holds
 LINE_CHARACTERS = 1_000  # of a line that a match shows
 SEARCH_BYTES = 8 << 20  # larger files are no source code
-SEARCH_S = 60.0  # a search takes no longer, unless it says so
+IN_PROCESS_S = {"code_search": 60.0}  # takes no longer, unless it says so
 RUN_S = 3600.0  # a command takes no longer, unless it says so
 STEPS = ((0.0, signal.SIGINT), (2.0, signal.SIGTERM), (7.0, signal.SIGKILL))  # s after the wish to end it
 DRAIN_S = 0.2  # for output to arrive after the command ended; a child left behind may hold the pipe for ever
@@ -63,8 +65,10 @@ NOTICE_S = 0.25  # between looks whether a running command is to end
 LEASE_S = 45.0  # a claim that is not renewed for so long is lost
 POLL_S = 0.025  # between looks at the folder
 HOLD_S = 25.0  # a request that waits for news
+PAUSE_S = 0.5  # before asking again a service that did not hold us
 RETRY_S = 5.0  # the longest pause before trying to reach the service again; a lease must outlast it
-STOP_S = 5.0  # for running commands when the agent is told to stop
+STOP_S = 5.0  # for running commands when the agent is told to stop; then as long for their reports
+OPEN = ("pending", "processing")
 
 
 # ---------------------------------------------------------------------------------------- Executors
@@ -135,7 +139,7 @@ def run_child(
         for stream in (child.stdout, child.stderr):
             if stream:
                 stream.close()
-    code = child.wait()
+    code = child.wait()  # only now: until it is waited for, its number is its own, and so is the group's
     spent = round((time.monotonic() - started) * 1000)
     return Ended(128 - code if code < 0 else code, why, streams[child.stdout], streams[child.stderr], spent)
 
@@ -147,8 +151,7 @@ def attend(
     why, steps, last = "", list(STEPS), float("inf")
     exited = os.pidfd_open(child.pid)
     with selectors.DefaultSelector() as selector:
-        selector.register(exited, selectors.EVENT_READ)
-        for stream in streams:
+        for stream in (exited, *streams):
             selector.register(stream, selectors.EVENT_READ)  # type: ignore[arg-type]
         while selector.get_map() and time.monotonic() < last:
             for key, _ in selector.select(min(NOTICE_S, max(0.0, last - time.monotonic()))):
@@ -160,12 +163,13 @@ def attend(
                 else:
                     selector.unregister(key.fileobj)
             now = time.monotonic()
-            if not why and (ending.is_set() or now >= until):
+            if not why and last == float("inf") and (ending.is_set() or now >= until):
                 why, until = "cancelled" if ending.is_set() else "timeout", now
             while why and last == float("inf") and steps and now >= until + steps[0][0]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, steps.pop(0)[1])
+                os.killpg(child.pid, steps.pop(0)[1])
     os.close(exited)
+    if why:  # whom the leader of the group has left behind
+        os.killpg(child.pid, signal.SIGKILL)
     return why
 
 
@@ -206,13 +210,16 @@ def reason_of(why: str, command: Record) -> str:
 
 def in_process(command: Record, ending: threading.Event) -> Any:
     """Run the executor of *command* in a process of its own: it can be ended, and leaves no memory behind."""
+    limits = {"timeout": IN_PROCESS_S.get(command["type"], RUN_S), "env": {}, **command, "workingDir": "."}
     with tempfile.TemporaryFile() as given:
         given.write(json.dumps(command).encode())
         given.seek(0)
         argv = [sys.executable, str(Path(__file__).absolute()), "--execute"]
-        ended = run_child(argv, {"timeout": SEARCH_S, **command}, ending, 2 * ANSWER_BYTES, given)
+        ended = run_child(argv, limits, ending, 2 * ANSWER_BYTES, given)
     if ended.why:
-        raise Failed(reason_of(ended.why, {"timeout": SEARCH_S, **command}), ended.why)
+        raise Failed(reason_of(ended.why, limits), ended.why)
+    if ended.stdout.left_out:
+        raise Failed(f"the answer has {ended.stdout.size} bytes, {ANSWER_BYTES} are possible; ask for less")
     try:
         answer = json.loads(ended.stdout.text())
     except ValueError:
@@ -269,7 +276,18 @@ def read_file(command: Record, ending: threading.Event) -> Record:
     return {**result, "truncated": True} if len(raw) < wanted else result
 
 
-WRITING = threading.Lock()  # from reading what is there until it is replaced
+@contextlib.contextmanager
+def writing_in(folder: Path) -> Iterator[None]:
+    """Keep other writers of ours, in this agent and in others, out of *folder*."""
+    if not folder.is_dir():
+        raise Failed(f"{folder} does not exist; make it first")
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def write_file(command: Record, ending: threading.Event) -> Record:
@@ -280,7 +298,7 @@ def write_file(command: Record, ending: threading.Event) -> Record:
         raw = base64.b64decode(content, validate=True) if command.get("encoding") == "base64" else content.encode()
     except ValueError:
         raise Failed("content: is not base64") from None
-    with WRITING:
+    with writing_in(path.parent):
         before = present(path)
         if "expectedSha256" in command:
             check_expected(path, before, command["expectedSha256"])
@@ -308,12 +326,10 @@ def check_expected(path: Path, before: bytes | None, expected: str | None) -> No
 
 def replace(path: Path, content: bytes, mode: str | None) -> None:
     """Write beside *path*, sync, rename; with *mode* (octal), else the one it had, else that of new files."""
-    if not path.parent.is_dir():
-        raise Failed(f"{path.parent} does not exist; make it first")
     if mode is not None and not re.fullmatch(r"(0o?)?[0-7]{3,4}", mode):
         raise Failed(f"mode: {mode!r} is not octal, such as 644")
     try:
-        fd, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
+        fd, temporary = tempfile.mkstemp(prefix=".kirosync-", dir=path.parent)
     except OSError as error:
         raise Failed(f"{path}: cannot be written: {error.strerror}") from None
     try:
@@ -334,9 +350,6 @@ def replace(path: Path, content: bytes, mode: str | None) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
 
 
 UMASK = os.umask(0o077)  # can only be read by setting it
@@ -364,8 +377,13 @@ def walk(root: Path, recursive: bool) -> Iterator[str]:
             yield os.path.relpath(os.path.join(folder, name), root)
 
 
+def as_name(path: str | Path) -> str:
+    """Return a path as text, with what is no UTF-8 in it as \\xNN."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def entry_of(root: Path, name: str) -> Record:
-    shown = os.fsencode(name).decode("utf-8", "backslashreplace")
+    shown = as_name(name)
     try:
         status = os.lstat(root / name)
     except FileNotFoundError:
@@ -437,7 +455,7 @@ def search_file(path: Path, root: Path, pattern: re.Pattern[str], context: int) 
     if b"\0" in raw:
         return
     lines = raw.decode("utf-8", "replace").split("\n")
-    shown = str(path.relative_to(root)) if path != root else path.name
+    shown = as_name(path.relative_to(root) if path != root else path.name)
     for number, line in enumerate(lines):
         if hit := pattern.search(line.rstrip("\r")):
             match = {"path": shown, "line": number + 1, "column": hit.start() + 1, "text": clip(line)}
@@ -571,29 +589,22 @@ class FolderLink:
             self.look()
         delta = self.store.delta(self.cursor)
         self.cursor, self.revision = delta.cursor, delta.revision
-        return {identity: entry.record(identity) for identity, entry in delta.changed["commands"].items()}
+        changed = delta.changed["commands"]
+        return {identity: entry.record(identity) for identity, entry in changed.items() if entry.status() in OPEN}
 
     def look(self) -> None:
         """Notice what is new: by the journal, or, put into the folder by hand, within two seconds."""
         self.store.refresh()
-        modified = os.stat(self.commands).st_mtime_ns
-        if modified != self.seen and time.monotonic() - self.looked > self.rules.LOOK_S:
+        modified = os.stat(self.commands).st_mtime_ns if os.path.exists(self.commands) else 0
+        if time.monotonic() - self.looked > self.rules.LOOK_S:
+            self.store.notice(None if modified != self.seen else set())
             self.seen, self.looked = modified, time.monotonic()
-            self.store.notice(None)
 
     def report(self, identity: str, patch: Record) -> Record | None:
-        def rule(pen: Any) -> Record | None:
-            known = pen.get("commands", identity)
-            if known is None:
-                return None
-            try:
-                return dict(self.rules.put_command(pen, known, self.rules.advance(known, patch, pen.now)))
-            except self.rules.Conflict:
-                return None
-
         try:
-            changed: Record | None = self.store.change(rule)
-            return changed
+            return dict(self.store.change(lambda pen: self.rules.report(pen, identity, patch)))
+        except (self.rules.NotFound, self.rules.Conflict):
+            return None
         except (self.rules.Busy, self.rules.Full, self.rules.Broken) as refusal:
             raise Unreachable(str(refusal)) from None
         except (self.rules.Refusal, ValueError, RecursionError) as refusal:
@@ -618,20 +629,26 @@ class HttpLink:
         raw = None if body is None else json.dumps(body).encode()
         try:
             answer = self.pool.request(method, self.server + path, body=raw, timeout=held + 10)
-            status, said = answer.status, json.loads(answer.data)
-        except (self.errors.HTTPError, ValueError) as error:
+        except self.errors.HTTPError as error:
             raise Unreachable(f"{self.server}: {error}") from None
-        if status == 401:
+        if answer.status == 401:
             raise Unreachable(f"{self.server} does not take the token; is it that service's?")
-        if status in (429, 500, 502, 503, 504, 507):
-            raise Unreachable(f"{self.server} answered {status}: {said.get('error')}")
-        return status, said
+        try:
+            said = json.loads(answer.data)
+        except ValueError:
+            said = {"error": answer.data[:200].decode("utf-8", "replace")}
+        if answer.status == 429 or answer.status >= 500:
+            raise Unreachable(f"{self.server} answered {answer.status}: {said.get('error')}")
+        return answer.status, said
 
     def changes(self, seconds: float) -> dict[str, Record]:
-        since = f"&since={self.cursor}&wait={seconds:.3f}" if self.cursor else "&status=pending,processing"
-        status, said = self.ask("GET", f"/sync?only=commands{since}", held=seconds)
+        since = f"&since={self.cursor}&wait={seconds:.3f}" if self.cursor else ""
+        asked = time.monotonic()
+        status, said = self.ask("GET", f"/sync?only=commands&status=pending,processing{since}", held=seconds)
         if status != 200:
             raise Unreachable(f"{self.server} answered {status}: {said.get('error')}")
+        if not said["commands"] and self.cursor and time.monotonic() - asked < min(seconds, PAUSE_S):
+            time.sleep(PAUSE_S)  # the service has too many who wait, and did not hold us
         self.cursor = said["cursor"]
         return {identity: {"id": identity, **command} for identity, command in said["commands"].items()}
 
@@ -653,21 +670,27 @@ class HttpLink:
 # One turn: see what is new, queue it for the workers, renew what is running.
 
 
+class Run:
+    """A command that this agent has taken: from being seen until its end is reported."""
+
+    def __init__(self, identity: str) -> None:
+        self.identity = identity
+        self.held: Record = {}  # what every report of it says: agent, claim, attempt
+        self.again: Record | None = None  # the command, if it was seen pending meanwhile
+        self.ending = threading.Event()
+
+
 class Agent:
     """Takes commands of its types over a link and executes up to *jobs* at once."""
 
     def __init__(self, link: Link, name: str, jobs: int = 4, clock: Callable[[], float] = time.monotonic) -> None:
         self.link, self.name, self.clock = link, name, clock
-        self.waiting: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self.queued: set[str] = set()
-        self.running: dict[str, int] = {}  # id: attempt
+        self.pool = ThreadPoolExecutor(jobs)
+        self.taken: dict[str, Run] = {}
         self.renewed = clock()
-        self.told: queue.SimpleQueue[None] = queue.SimpleQueue()  # to stop: put() is safe in a signal handler
+        self.ear, self.mouth = os.pipe()  # whoever wants it to stop says so here; a signal cannot be missed
+        os.set_blocking(self.mouth, False)
         self.stopping = threading.Event()  # nothing more is claimed
-        self.ending = threading.Event()  # what runs is to end
-        self.workers = [threading.Thread(target=self.work, daemon=True) for _ in range(jobs)]
-        for worker in self.workers:
-            worker.start()
 
     def turn(self, seconds: float = HOLD_S) -> None:
         """Look once for what is new, for up to *seconds*, and renew the claims that are due."""
@@ -676,54 +699,78 @@ class Agent:
             self.consider(identity, command)
         if self.clock() >= self.renewed + LEASE_S / 3:
             self.renewed = self.clock()
-            for identity, attempt in [*self.running.items()]:
-                self.link.report(identity, self.claim(attempt=attempt))
+            for run in [*self.taken.values()]:
+                if run.held and not self.link.report(
+                    run.identity, {"status": "processing", "lease": LEASE_S, **run.held}
+                ):
+                    run.ending.set()  # it is no longer ours: its end was given up, or it was removed
 
     def consider(self, identity: str, command: Record) -> None:
-        """Queue *command* for the workers if it is for us; say that it is lost if it was ours in another life."""
-        mine = command.get("agent") == self.name
-        if command["status"] == "processing" and mine and identity not in self.running:
-            lost = f"the agent {self.name} was restarted while it ran; how it ended is unknown"
-            end = {"status": "failed", "outcome": "lost", "error": lost}
-            self.link.report(identity, {"status": "pending"} if command.get("retryable") else end)
+        """Take *command* if it is for us; see to its end if it was ours in another life."""
         for_us = command["type"] in EXECUTORS and command.get("target", self.name) == self.name
-        if command["status"] == "pending" and for_us and identity not in self.queued:
-            self.queued.add(identity)
-            self.waiting.put(identity)
+        was_ours = command["status"] == "processing" and command.get("agent") == self.name
+        if not (was_ours or (for_us and command["status"] == "pending")):
+            return
+        if identity in self.taken:
+            self.taken[identity].again = command if command["status"] == "pending" else None
+            return
+        run = self.taken[identity] = Run(identity)
+        self.pool.submit(self.see_to, run, self.give_up if was_ours else self.perform, command)
 
-    def claim(self, **more: Any) -> Record:
-        return {"status": "processing", "agent": self.name, "lease": LEASE_S, **more}
+    def see_to(self, run: Run, work: Callable[[Run, Record], None], command: Record) -> None:
+        """Do the *work*, as one of the pool's threads; whatever comes of it, the agent goes on."""
+        try:
+            work(run, command)
+        except Refused as error:
+            log.error("%s: the report was refused: %s", run.identity, error)
+        except Unreachable as error:
+            log.error("%s: not reported, the agent stops: %s", run.identity, error)
+        except Exception:  # a defect of ours; a thread of the pool would keep it to itself
+            log.exception("%s: the agent failed", run.identity)
+        finally:
+            del self.taken[run.identity]
+            if run.again and not self.stopping.is_set():
+                self.consider(run.identity, run.again)
 
-    def work(self) -> None:
-        """Be one of the workers: claim, execute, report, until a None comes."""
-        while (identity := self.waiting.get()) is not None:
-            self.queued.discard(identity)
-            if self.stopping.is_set():
-                continue
-            self.running[identity] = 0
-            try:
-                if command := self.insist(identity, self.claim()):
-                    self.running[identity] = command["attempt"]
-                    ended = execute(command, self.ending)
-                    self.insist(identity, {**ended, "agent": self.name, "attempt": command["attempt"]})
-            finally:
-                del self.running[identity]
+    def perform(self, run: Run, command: Record) -> None:
+        """Claim *command*, execute it and report how it ended."""
+        if self.stopping.is_set():
+            return
+        holder = {"agent": self.name, "claim": secrets.token_hex(8)}
+        claimed = self.insist(run, {"status": "processing", "lease": LEASE_S, **holder})
+        if not claimed:
+            return
+        run.held = {**holder, "attempt": claimed["attempt"]}
+        ended = execute(claimed, run.ending)
+        if run.ending.is_set() and claimed.get("retryable"):
+            ended = {"status": "pending"}
+        try:
+            self.insist(run, {**ended, **run.held})
+        except Refused as error:
+            said = {"status": "failed", "outcome": "error", "error": f"the report was refused: {error}"}
+            self.insist(run, {**said, **run.held})
 
-    def insist(self, identity: str, patch: Record) -> Record | None:
+    def give_up(self, run: Run, command: Record) -> None:
+        """Say that *command* is lost, which this agent was running before it was stopped."""
+        holder: Record = {key: command[key] for key in ("agent", "claim", "attempt") if key in command}
+        lost = f"the agent {self.name} was restarted while it ran; how it ended is unknown"
+        end = {"status": "failed", "outcome": "lost", "error": lost}
+        self.insist(run, {**({"status": "pending"} if command.get("retryable") else end), **holder})
+
+    def insist(self, run: Run, patch: Record) -> Record | None:
         """Report until it is taken: how a command ended must not be lost to a service that restarts."""
+        until = float("inf")
         for pause in itertools.chain((0.1, 0.5, 1.0, 3.0), itertools.repeat(RETRY_S)):
             try:
-                return self.link.report(identity, patch)
+                return self.link.report(run.identity, patch)
             except Unreachable as error:
-                log.warning("%s: not reported yet: %s", identity, error)
-                if self.stopping.wait(pause) and pause > 1.0:
-                    log.error("%s: not reported: the agent stops", identity)
-                    return None
-            except Refused as error:
-                log.error("%s: the report was refused: %s", identity, error)
-                patch = {key: patch[key] for key in ("agent", "attempt") if key in patch}
-                patch |= {"status": "failed", "outcome": "error", "error": f"the report was refused: {error}"}
-        return None
+                log.warning("%s: not reported yet: %s", run.identity, error)
+                if self.stopping.is_set():
+                    until = min(until, time.monotonic() + STOP_S)
+                if time.monotonic() > until:
+                    raise
+                time.sleep(min(pause, 0.5) if self.stopping.is_set() else pause)
+        raise AssertionError("unreachable")
 
     def follow(self) -> None:
         """Turn until told to stop; should that ever fail for a defect, stop, so that it is seen."""
@@ -734,26 +781,31 @@ class Agent:
                     self.turn()
                     failures = 0
                 except (Unreachable, Refused) as error:
-                    failures += 1
+                    failures = min(failures + 1, 8)
                     log.warning("%s; trying again", error)
                     self.stopping.wait(min(RETRY_S, 0.25 * 2**failures))
         finally:
-            self.told.put(None)
+            self.stop()
+
+    def stop(self) -> None:
+        os.write(self.mouth, b"x")
 
     def run(self) -> None:
         """Work until told to stop; then let what runs finish for STOP_S, and end it."""
-        threading.Thread(target=self.follow, daemon=True).start()
-        self.told.get()
+        follower = threading.Thread(target=self.follow, daemon=True)
+        follower.start()
+        os.read(self.ear, 1)
+        failed = not follower.is_alive()
         self.stopping.set()
         self.link.close()
-        for _ in self.workers:
-            self.waiting.put(None)
         until = time.monotonic() + STOP_S
-        for worker in self.workers:
-            worker.join(max(0.0, until - time.monotonic()))
-        self.ending.set()
-        for worker in self.workers:
-            worker.join(STEPS[-1][0] + STOP_S)
+        while self.taken and time.monotonic() < until:
+            time.sleep(NOTICE_S / 5)
+        for run in [*self.taken.values()]:
+            run.ending.set()
+        self.pool.shutdown()
+        if failed:
+            sys.exit("agent: stopped by a defect; see above")
 
 
 # ---------------------------------------------------------------------------------------- Main
@@ -802,22 +854,30 @@ def main() -> None:
     where.add_argument("--state", default=os.environ.get("KIROSYNC_STATE", beside), help="the state directory")
     where.add_argument("--server", help="the service's URL, instead of the state directory")
     parser.add_argument("--token-file", help="holds the token for --server; else KIROSYNC_TOKEN does")
-    parser.add_argument("--name", default=socket.gethostname(), help="what this agent is known by; one of a kind")
+    host = socket.gethostname()
+    parser.add_argument(
+        "--name", help=f"what it is known by, one of a kind; else {host}, or {host}-remote with --server"
+    )
     parser.add_argument("--jobs", type=int, default=4, help="commands at once")
     parser.add_argument("--poll", type=float, default=POLL_S, help="seconds between looks at the state directory")
     parser.add_argument("--execute", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.execute:
         return execute_here()
+    arguments.name = arguments.name or (f"{host}-remote" if arguments.server else host)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s [%(process)d] %(levelname)s %(message)s")
     link, folder = link_of(arguments)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with hold_name(arguments.name, folder):
         agent = Agent(link, arguments.name, arguments.jobs)
+        signal.set_wakeup_fd(agent.mouth, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: agent.told.put(None))
+            signal.signal(number, lambda *_: None)  # to be heard is enough
+        ctypes.CDLL(None).prctl(4, 0)  # PR_SET_DUMPABLE: children of the same user cannot read its environment
         log.info("agent %s at %s", arguments.name, arguments.server or arguments.state)
         agent.run()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # it is ending already
     return None
 
 

@@ -80,7 +80,7 @@ run_both() {
     kill -0 "${pids[0]}" 2>/dev/null || fail "the service did not start; see above"
     sleep 0.1
   done
-  .venv/bin/python agent.py --state "$state" &
+  env -u KIROSYNC_TOKEN .venv/bin/python agent.py --state "$state" &
   pids+=($!)
   secret="\$(cat '$state/token')"
   if [ -n "${KIROSYNC_TOKEN:-}" ]; then secret="\$KIROSYNC_TOKEN"; fi

@@ -36,7 +36,9 @@ The sections, each of which uses only what stands above it, and the one rule of 
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
+import copy
 import ctypes
 import datetime
 import errno
@@ -59,9 +61,10 @@ import threading
 import time
 import urllib.parse
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, NamedTuple, Required, TypedDict, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict, TypeVar, get_args
 
 import bottle
 import filelock
@@ -147,19 +150,21 @@ class Full(Refusal):
 ID_CHARACTERS = 128  # the longest id
 NAME_BYTES = 220  # the longest file name of an id; 255 less ".", ".json" and "." + a revision
 BODY_BYTES = 32 << 20  # of one request: a long conversation is some megabytes
+LAST_REVISION = 10**12  # a change each millisecond for thirty years
 NESTING = 100  # levels of one record: msgspec stops near 1,000, hand editing long before
 INTEGER = 8_640_000_000_000_000  # ms: the last moment that a JavaScript Date can hold
 AHEAD_MS = 5 * 60_000  # a clock further ahead than this is wrong
 HISTORY_FILES = 20  # superseded versions of one document
 EXPIRES_S = 24 * 3600  # queue time of a command that does not say
 RUN_S = 3600  # run time of a command that does not say
-GRACE_S = 60  # more than its run time that an agent without a lease is given to report
+GRACE_S = 60  # to report: after the run time, for a claim without a lease; after the service was down, for all
 LONGEST_RUN_S = 7 * 24 * 3600  # of a timeout or a lease
 LONGEST_STAY_S = 365 * 24 * 3600  # in the queue
 LOCK_S = 10.0  # wait for another process before saying 503
 GATHER_S = 0.0002  # a busy committer waits for company: a sync costs as much for many as for one
 LOCK_POLL_S = 0.001  # filelock's own 0.05 starves whoever comes second
 WAIT_S = 55  # a held answer: proxies cut at 60
+GONE_S = 2.0  # between looks whether who waits has hung up
 SETTLE_S = 1.0  # a file written by hand may be half done for so long
 LOOK_S = 1.5  # between looks at the whole directory, where the kernel does not tell
 JOURNAL_POLL_S = 0.02  # between looks at the journal, where the kernel does not tell
@@ -175,7 +180,6 @@ THREADS = 16  # of the server; a long poll holds one
 # What may become what. Values in, new values out: no disk, no network, no clock, no randomness.
 
 KINDS = ("conversations", "documents", "commands")
-SINGULAR = {"conversations": "Conversation", "documents": "Document", "commands": "Command"}
 
 
 def number(kind: Any, **bounds: Any) -> Any:
@@ -228,7 +232,15 @@ ORDERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 COMMANDS = {kind: shape(required, {**ORDER, **optional}) for kind, (required, optional) in ORDERS.items()}
 
 # What an agent may say of a command, and what a command says beside what was ordered.
-REPORT = {"status": Status, "outcome": Outcome, "error": str, "agent": Name, "lease": Run, "attempt": Count}
+REPORT = {
+    "status": Status,
+    "outcome": Outcome,
+    "error": str,
+    "agent": Name,
+    "lease": Run,
+    "attempt": Count,
+    "claim": Name,
+}
 REPORT |= {"result": Any, "metadata": dict[str, Any]}
 PATCH = shape({}, REPORT)
 TIMES = dict.fromkeys(("createdAt", "updatedAt", "startedAt", "endedAt", "leaseUntil"), Time)
@@ -311,6 +323,18 @@ def name_of(identity: str) -> str:
     return "%2E" + name[1:] if name.startswith(".") else name
 
 
+def is_name(name: str) -> bool:
+    """Return whether *name* is the file name of some id.
+
+    >>> is_name("a%20b"), is_name("a b"), is_name("")
+    (True, False, False)
+    """
+    try:
+        return name_of(check_id(urllib.parse.unquote(name))) == name
+    except Malformed:
+        return False
+
+
 def canonical(value: Any) -> bytes:
     """Return bytes that are equal for equal values, whatever the order of their keys."""
     return msgspec.json.encode(value, order="deterministic")
@@ -324,10 +348,9 @@ def unite(mine: Record, theirs: Record) -> Record:
     """
     united = {**mine, **theirs}
     for key in mine.keys() & theirs.keys():
-        if key == "metadata":
-            united[key] = unite(mine[key], theirs[key])
-        else:
-            united[key] = max(mine[key], theirs[key], key=canonical)
+        one, other = mine[key], theirs[key]
+        nested = key == "metadata" and isinstance(one, dict) and isinstance(other, dict)
+        united[key] = unite(one, other) if nested else max(one, other, key=canonical)
     return united
 
 
@@ -353,14 +376,6 @@ def join(mine: Record, theirs: Record, rank: Callable[[Record], Any]) -> tuple[R
     return winner, [loser]
 
 
-def merge_document(mine: Record, theirs: Record) -> tuple[Record, list[Record]]:
-    """Return the document that both copies agree on, and the losing version, if any.
-
-    The later timestamp wins whole; equal timestamps are decided by content.
-    """
-    return join(mine, theirs, document_rank)
-
-
 def merge_messages(mine: Iterable[Record], theirs: Iterable[Record]) -> tuple[list[Record], list[Record]]:
     """Return the messages of both in one order, and the versions that lost.
 
@@ -375,9 +390,7 @@ def merge_messages(mine: Iterable[Record], theirs: Iterable[Record]) -> tuple[li
     groups: dict[Any, list[tuple[int, Record]]] = {}
     losers: list[Record] = []
     for place, message in enumerate(itertools.chain(mine, theirs)):
-        key = identity_of(message)
-        groups[key], lost = admit(groups.get(key, []), place, message)
-        losers += lost
+        losers += admit(groups.setdefault(identity_of(message), []), place, message)
     merged = sorted(itertools.chain(*groups.values()), key=lambda seen: (seen[1]["timestamp"], seen[0]))
     return [message for _, message in merged], losers
 
@@ -387,21 +400,26 @@ def identity_of(message: Record) -> Any:
     return ("id", message["id"]) if "id" in message else (message["timestamp"], message["role"])
 
 
-def admit(
-    group: list[tuple[int, Record]], place: int, message: Record
-) -> tuple[list[tuple[int, Record]], list[Record]]:
-    """Return a group of (place, message) of one identity after *message* joined it, and the losers."""
-    content = message["content"]
-    for index, (at, known) in enumerate(group):
-        if "id" in message or known["content"] == content:
-            winner, lost = join(known, message, message_rank)
-            return [*group[:index], (at, winner), *group[index + 1 :]], [m for m in lost if says_more(m, winner)]
-        if known["content"].startswith(content):
-            return group, [message] if says_more(message, known) else []
-    shorter = [(at, known) for at, known in group if content.startswith(known["content"])]
-    others = [seen for seen in group if seen not in shorter]
-    first = min((at for at, _ in shorter), default=place)
-    return [*others, (first, message)], [known for _, known in shorter if says_more(known, message)]
+def admit(group: list[tuple[int, Record]], place: int, message: Record) -> list[Record]:
+    """Add *message* to the *group* of (place, message) that share its identity; return the losers.
+
+    Without an id no content in a group begins another, and they stand in order: so the one that begins
+    with this content is next to it, and so is the one that this content begins with.
+    """
+    content, rival = message["content"], 0 if "id" in message and group else None
+    at = bisect.bisect_left(group, content, key=lambda seen: seen[1]["content"])
+    if "id" not in message:
+        if at < len(group) and group[at][1]["content"].startswith(content):
+            rival = at
+        elif at and content.startswith(group[at - 1][1]["content"]):
+            rival = at - 1
+    if rival is None:
+        group.insert(at, (place, message))
+        return []
+    first, known = group[rival]
+    winner, lost = join(known, message, message_rank)
+    group[rival] = first, winner
+    return [loser for loser in lost if says_more(loser, winner)]
 
 
 def says_more(loser: Record, winner: Record) -> bool:
@@ -448,11 +466,19 @@ def risen(messages: list[Record], grave: Record) -> tuple[list[Record], list[Rec
     """
     alive: list[Record] = []
     dead: list[Record] = []
+    known: dict[Any, list[Record]] = {}
+    for message in grave["messages"]:
+        known.setdefault(identity_of(message), []).append(message)
     for message in messages:
-        same = [known for known in grave["messages"] if identity_of(known) == identity_of(message)]
-        buried = message["timestamp"] <= grave["deletedBefore"] or (same and merge_messages(same, [message])[0] == same)
+        same = known.get(identity_of(message), [])
+        buried = message["timestamp"] <= grave["deletedBefore"] or (same and adds_nothing(same, message))
         (dead if buried else alive).append(message)
     return alive, dead
+
+
+def adds_nothing(known: list[Record], message: Record) -> bool:
+    before, after = (merge_messages(known, more)[0] for more in ([], [message]))
+    return before == after
 
 
 NEXT: dict[str, set[str]] = {
@@ -496,16 +522,15 @@ def advance(command: Record, patch: Record, now: int) -> Record:
         return command
     if was in ENDED or status not in NEXT[was] | {was}:
         raise Conflict(f"{command['id']} is {was} and cannot become {status}", status=was)
-    for key in told.keys() - REPORT.keys():
-        if key in command and command[key] != told[key]:
-            raise Conflict(f"{command['id']}: {key} was set when it was queued and stays as it is", field=key)
-    if was == "processing":
-        check_holder(command, patch)
+    for key in (told.keys() & (command.keys() | ORDER.keys())) - REPORT.keys():
+        if key not in command or command[key] != told[key]:
+            raise Conflict(f"{command['id']}: {key} is set when it is queued and stays as it is", field=key)
+    check_holder(command, patch)
     changed = {**command, **told, "status": status, "updatedAt": now}
-    if status == "pending":
-        changed = {key: value for key, value in changed.items() if key not in ("agent", "startedAt")}
-    if was == "pending" and status == "processing":
-        changed |= {"attempt": command.get("attempt", 0) + 1, "startedAt": now}
+    if status == "processing" and was == "pending":
+        changed |= {"attempt": command.get("attempt", 1), "startedAt": now}
+    if status == "pending" and was == "processing":
+        changed = requeue(changed, now)
     if "lease" in patch and status == "processing":
         changed["leaseUntil"] = now + round(patch["lease"] * 1000)
     if status != "processing":
@@ -513,13 +538,29 @@ def advance(command: Record, patch: Record, now: int) -> Record:
     return end(changed, now) if status in ENDED else changed
 
 
+def requeue(command: Record, now: int) -> Record:
+    """Return a claimed *command* as it goes back to the queue, for its next attempt."""
+    held = ("agent", "claim", "startedAt", "leaseUntil")
+    kept = {key: value for key, value in command.items() if key not in held}
+    return {**kept, "status": "pending", "attempt": command.get("attempt", 1) + 1, "updatedAt": now}
+
+
 def check_holder(command: Record, patch: Record) -> None:
-    """Raise Conflict if *patch* does not come from the attempt and the agent that hold *command*."""
-    attempt, holder = command.get("attempt", 0), command.get("agent")
+    """Raise Conflict if *patch* is not of the attempt, the agent and the claim that hold *command*.
+
+    A claim may carry a random ``claim``: repeated with the same, it is the same claim; that of another
+    agent of the same name is not. Only who holds a command can renew it or hand it back.
+    """
+    attempt = command.get("attempt", 1)
     if patch.get("attempt", attempt) != attempt:
         raise Conflict(f"{command['id']} is in attempt {attempt}, not {patch['attempt']}", attempt=attempt)
-    if patch.get("agent", holder) != holder or (patch.get("status") == "processing" and not patch.get("agent")):
-        raise Conflict(f"{command['id']} is already claimed by {holder or 'another agent'}", status="processing")
+    if command["status"] != "processing":
+        return
+    holder, given = ({key: said[key] for key in ("agent", "claim") if key in said} for said in (command, patch))
+    renews = patch.get("status") in ("processing", "pending")
+    if (not holder or given != holder) if renews else not given.items() <= holder.items():
+        who = command.get("agent", "another agent")
+        raise Conflict(f"{command['id']} is already claimed by {who}", status="processing")
 
 
 def end(command: Record, now: int) -> Record:
@@ -527,7 +568,10 @@ def end(command: Record, now: int) -> Record:
     result = command.get("result")
     exited = isinstance(result, dict) and result.get("exitCode") not in (0, None)
     outcome = "ok" if command["status"] == "completed" else "exit" if exited else "error"
-    return {**command, "outcome": command.get("outcome", outcome), "endedAt": now}
+    outcome = command.get("outcome", outcome)
+    if (outcome == "ok") != (command["status"] == "completed"):
+        raise Malformed("outcome", f"a command that is {command['status']} cannot have the outcome {outcome}")
+    return {**command, "outcome": outcome, "endedAt": now}
 
 
 def deadline(command: Record, listening: float = 0) -> float | None:
@@ -536,7 +580,8 @@ def deadline(command: Record, listening: float = 0) -> float | None:
     *listening* is since when (ms) reports can be heard: an agent is given time to reach a service that was down.
     """
     if command["status"] == "pending":
-        return float(command["createdAt"] + command.get("expiresIn", EXPIRES_S) * 1000)
+        queued = command["updatedAt"] if "attempt" in command else command["createdAt"]
+        return float(queued + command.get("expiresIn", EXPIRES_S) * 1000)
     if command["status"] == "processing":
         unheard = command.get("startedAt", command["createdAt"]) + (command.get("timeout", RUN_S) + GRACE_S) * 1000
         due = float(command.get("leaseUntil", unheard))
@@ -558,7 +603,7 @@ def overdue(command: Record, now: int, listening: float = 0) -> Record:
         waited = (now - command["createdAt"]) // 1000
         return fail(command, "expired", f"{who} did not take it in {waited} s; queue it again if still wanted", now)
     if command.get("retryable"):
-        return advance(command, {"status": "pending"}, now)
+        return requeue(command, now)
     return fail(command, "lost", f"{command.get('agent', 'the agent')} stopped reporting; how it ended is unknown", now)
 
 
@@ -574,24 +619,25 @@ def merge_command(mine: Record | None, theirs: Record, now: int) -> Record:
     """
     if mine is None:
         created = min(theirs.get("createdAt", now), now)
-        stamped = {**theirs, "createdAt": created, "updatedAt": theirs.get("updatedAt", created)}
+        stamped = {**theirs, "createdAt": created, "updatedAt": min(theirs.get("updatedAt", created), now)}
+        if stamped["status"] == "processing":  # elsewhere: its report is waited for, for as long as it may run
+            return {key: value for key, value in stamped.items() if key != "leaseUntil"} | {"startedAt": now}
         return overdue(stamped, now) if stamped["status"] == "pending" else stamped
     if theirs["status"] in (mine["status"], "pending") or mine["status"] in ENDED:
         return mine
-    if mine["status"] == "pending" and theirs.get("attempt", 1) <= mine.get("attempt", 0):
-        return mine
-    report = {key: theirs[key] for key in REPORT.keys() & theirs.keys()}
+    said: Record = {"attempt": 1, **{key: theirs[key] for key in REPORT.keys() & theirs.keys()}}
+    claim: Record = {"status": "processing", **{key: theirs[key] for key in ("agent", "claim") if key in theirs}}
     unclaimed = mine["status"] == "pending" and theirs["status"] == "completed"
     try:
-        return advance(advance(mine, {"status": "processing"}, now) if unclaimed else mine, report, now)
+        return advance(advance(mine, {**claim, "attempt": said["attempt"]}, now) if unclaimed else mine, said, now)
     except Conflict:
         return mine
 
 
-def complete(kind: str, found: Record, edited: int, now: int) -> Record:
+def from_hand(kind: str, found: Record, edited: int, now: int) -> Record:
     """Return the record that a file, made or *edited* (ms) by hand, stands for; raise Malformed if none.
 
-    >>> complete("documents", {"id": "d", "content": "by hand", "timestamp": 1}, edited=7, now=8)["timestamp"]
+    >>> from_hand("documents", {"id": "d", "content": "by hand", "timestamp": 1}, edited=7, now=8)["timestamp"]
     7
     """
     found = {key: value for key, value in found.items() if key != "deletedBefore"}  # brought back from deleted/
@@ -646,13 +692,13 @@ class Entry(NamedTuple):
         if since == 0 or not self.wire.startswith(b"["):
             return self.wire
         messages = msgspec.json.decode(self.wire, type=list[msgspec.Raw])
-        dated = zip(messages, self.dates(len(messages)), strict=True)
-        return b"[" + b",".join(message for message, revision in dated if revision > since) + b"]"
+        changed = zip(messages, self.revisions(len(messages)), strict=True)
+        return b"[" + b",".join(message for message, revision in changed if revision > since) + b"]"
 
-    def dates(self, messages: int) -> list[int]:
+    def revisions(self, messages: int) -> list[int]:
         """Return the revision at which each of so many *messages* last changed."""
-        dates = unpack(self.more.get("revisions"))
-        return dates if len(dates) == messages else [self.revision] * messages
+        revisions = unpack(self.more.get("revisions"))
+        return revisions if len(revisions) == messages else [self.revision] * messages
 
 
 class Delta(NamedTuple):
@@ -665,8 +711,15 @@ class Delta(NamedTuple):
     deleted: dict[str, list[str]]
     since: int
 
-    def __bool__(self) -> bool:
-        return any(self.changed.values()) or any(self.deleted.values())
+    def shown(self, kind: str, statuses: Container[str] = ()) -> dict[str, Entry]:
+        """Return the changed records of *kind*; of commands, if there are *statuses*, those that have one of them."""
+        if kind != "commands" or not statuses:
+            return self.changed[kind]
+        return {identity: entry for identity, entry in self.changed[kind].items() if entry.status() in statuses}
+
+    def touches(self, kinds: Iterable[str], statuses: Container[str] = ()) -> bool:
+        """Return whether it says anything of *kinds*."""
+        return self.full or any(self.deleted[kind] or self.shown(kind, statuses) for kind in kinds)
 
 
 class Unreadable(Exception):
@@ -679,7 +732,7 @@ def unpack(revisions: Any) -> list[int]:
     >>> unpack("5 6*3"), unpack("?")
     ([5, 6, 6, 6], [])
     """
-    if not isinstance(revisions, str) or not re.fullmatch(r"(\d{1,15}(\*\d{1,7})? ?)*", revisions):
+    if not isinstance(revisions, str) or not re.fullmatch(r"(\d{1,15}(\*\d{1,7})?( |$))*", revisions):
         return []
     runs = (run.partition("*") for run in revisions.split())
     return [int(revision) for revision, _, times in runs for _ in range(int(times or 1))]
@@ -700,12 +753,10 @@ def lay_out(identity: str, revision: int, wire: bytes, more: Record) -> bytes:
     return text
 
 
-def date(messages: list[bytes], revision: int, known: Entry | None) -> str:
+def last_changed(messages: list[bytes], revision: int, known: Entry | None) -> str:
     """Return, packed, the revision at which each of *messages* last changed: the known one's, or *revision*."""
-    if known is None:
-        return pack([revision] * len(messages))
-    old = [bytes(message) for message in msgspec.json.decode(known.wire, type=list[msgspec.Raw])]
-    when = dict(zip(old, known.dates(len(old)), strict=True))
+    old = [bytes(message) for message in msgspec.json.decode(known.wire, type=list[msgspec.Raw])] if known else []
+    when = dict(zip(old, known.revisions(len(old)), strict=True)) if known else {}
     return pack([when.get(message, revision) for message in messages])
 
 
@@ -737,9 +788,9 @@ def read_record(kind: str, name: str, path: Path) -> tuple[Entry, Record]:
     identity = urllib.parse.unquote(name)
     try:
         record = check(dict[str, Any], parse(raw), "")
-        if name_of(check_id(identity)) != name:
-            raise Malformed("", f"the name of this file should be {name_of(identity)}.json")
-        revision = check(Count, record.pop("revision", 0), "revision")
+        revision = record.pop("revision", 0)
+        if not isinstance(revision, int) or not 0 <= revision <= LAST_REVISION:
+            revision = 0  # a number made up by hand
         record.pop("id", None)
         check(FOUND[kind], record, "")
     except Malformed as error:
@@ -751,26 +802,19 @@ def read_record(kind: str, name: str, path: Path) -> tuple[Entry, Record]:
     return Entry(revision, zlib.crc32(raw), stamp, wire, more), {"id": identity, **record}
 
 
-def oldest_of(folder: Path) -> str:
-    """Return the name of the oldest version in a full history; "" if it has room."""
-    with contextlib.suppress(FileNotFoundError):
-        return "".join(sorted(os.listdir(folder))[-HISTORY_FILES : -HISTORY_FILES + 1])
-    return ""
-
-
 class Watch:
     """Tells which files of the state directory were changed, by anyone, from the kernel's own notices.
 
     Where the kernel has no inotify, it says None now and then: look at everything.
     """
 
-    CHANGED = 0x8 | 0x40 | 0x80 | 0x200  # closed after writing, moved from, moved to, deleted
+    CHANGED = 0x8 | 0x40 | 0x80 | 0x100 | 0x200  # closed after writing, moved from, moved to, linked, deleted
     MODIFIED = 0x2
-    OVERFLOW = 0x4000
+    OVERFLOW, IGNORED = 0x4000, 0x8000  # notices were lost; the folder itself was removed
 
     def __init__(self, directory: Path, kinds: Iterable[str]) -> None:
         self.folders: dict[int, str] = {}
-        self.looked = time.monotonic()
+        self.looked, self.stale = time.monotonic(), False
         libc = ctypes.CDLL(None)
         self.fd = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC) if hasattr(libc, "inotify_init1") else -1
         for kind in (*kinds, "") if self.fd >= 0 else ():
@@ -791,7 +835,8 @@ class Watch:
         while notices:
             folder, mask, _, length = struct.unpack_from("iIII", notices)
             name = os.fsdecode(notices[16 : 16 + length].rstrip(b"\0"))
-            if mask & self.OVERFLOW:
+            if mask & (self.OVERFLOW | self.IGNORED):
+                self.stale = True
                 return None
             names.add((self.folders[folder], name))
             notices = notices[16 + length :]
@@ -821,12 +866,12 @@ class Pen:
         self.entries: dict[tuple[str, str], Entry | None] = {}
         self.files: dict[Path, tuple[File, bytes]] = {}
         self.history: dict[File, bytes] = {}
+        self.spoiled: set[Path] = set()  # files that are in quarantine, and are to go
 
     def fork(self) -> Pen:
         """Return a pen that goes on where this one is, to be dropped if its rule fails."""
-        twin = Pen(self.store, self.now)
-        twin.revision, twin.last_update, twin.lines = self.revision, self.last_update, [*self.lines]
-        twin.entries, twin.files, twin.history = {**self.entries}, {**self.files}, {**self.history}
+        twin = copy.copy(self)
+        vars(twin).update({name: copy.copy(part) for name, part in vars(self).items() if name != "store"})
         return twin
 
     def get(self, kind: str, identity: str) -> Record | None:
@@ -837,8 +882,9 @@ class Pen:
     def put(self, kind: str, identity: str, record: Record) -> None:
         """Make *record* what its id stands for. One that is as it was is no change."""
         known = self._entry(kind, identity)
-        fields = {key: value for key, value in record.items() if key not in ("id", "revision", "revisions")}
+        fields = {key: value for key, value in record.items() if key not in ("id", "revision")}
         if kind == "conversations":
+            fields.pop("revisions", None)
             messages = [msgspec.json.encode(message) for message in fields.pop("messages")]
             wire, more = b"[" + b",".join(messages) + b"]", fields
         else:
@@ -846,7 +892,7 @@ class Pen:
         if known and wire == known.wire and more.items() <= known.more.items():
             return
         if kind == "conversations":
-            more = {"revisions": date(messages, self.revision + 1, known), **fields}
+            more = {"revisions": last_changed(messages, self.revision + 1, known), **fields}
         text = lay_out(identity, self.revision + 1, wire, more)
         crc = zlib.crc32(text)
         self._enter(kind, identity, "put", crc)
@@ -878,15 +924,15 @@ class Pen:
             return None  # removed or spoiled by hand: then nothing is dead
 
     def keep(self, kind: str, identity: str, versions: Iterable[Record]) -> None:
-        """Put *versions* into the history of a record; of a document, those that are among its latest."""
+        """Put *versions* into the history of a record."""
         history = self.store.directory / "history"
         folder = history / kind / name_of(identity)
         for version in versions:
             text = msgspec.json.format(canonical(version), indent=2) + b"\n"
             moment = max(0, int(version["timestamp"]))
-            path = folder / f"{moment:016d}-{hashlib.sha256(text).hexdigest()[:12]}.json"
-            if not path.exists() and (kind != "documents" or path.name > oldest_of(folder)):
-                self.history[File(path, history / f".{path.name}")] = text
+            path = folder / f"{moment:016d}-{digest(text)[:12]}.json"
+            if not path.exists():
+                self.history[File(path, history / f".{digest(bytes(path))[:24]}.json")] = text
 
     def touch(self, moment: float) -> None:
         """Move lastUpdate to *moment* (ms), forwards only."""
@@ -894,20 +940,25 @@ class Pen:
             self.last_update = moment
             self._enter("lastUpdate", "", "touch")
 
-    def adopt(self, kind: str, name: str) -> None:
-        """Take in what someone did by hand to the file *name* (without .json) of *kind*."""
+    def adopt(self, kind: str, name: str, patient: bool = True) -> None:
+        """Take in what someone did by hand to the file *name* (without .json) of *kind*.
+
+        One that cannot be read is looked at again later if it may be half written and we are *patient*.
+        """
         path = self.store.directory / kind / f"{name}.json"
         identity = urllib.parse.unquote(name)
+        if not is_name(name):
+            return self._turn_away(kind, name, "the name of this file is not as kirosync would write it")
         known = self.entries[kind, identity] = self._staged(kind, identity)
         try:
             entry, found = read_record(kind, name, path)
-            edited = entry.stamp[1] // 1_000_000
-            record = complete(kind, found, edited, self.now)
+            record = from_hand(kind, found, entry.stamp[1] // 1_000_000, self.now)
+            lay_out(identity, 0, msgspec.json.encode(record), {})
         except FileNotFoundError:
             log.info("%s/%s was removed by hand", kind, name)
             return self.delete(kind, identity, self.now, whole=False)  # who makes room is to have it
         except (Unreadable, Malformed) as reason:
-            if not self.store.postpone(kind, name, self.now):
+            if not (patient and self.store.postpone(kind, name, self.now)):
                 self._quarantine(kind, name, str(reason))
             return
         if known and entry.crc == known.crc:
@@ -921,6 +972,10 @@ class Pen:
         old = known.record(identity) if known else None
         if kind == "documents" and old:
             self.keep(kind, identity, [old])
+        if kind == "conversations":
+            merged, losers = merge_messages([], record["messages"])
+            self.keep(kind, identity, losers)
+            record = {**record, "messages": merged}
         if kind == "conversations" and (
             not old or merge_messages(old["messages"], record["messages"])[0] != record["messages"]
         ):
@@ -934,19 +989,22 @@ class Pen:
         """Move a file that is no record aside, and put back what was last known of it."""
         identity = urllib.parse.unquote(name)
         known = self._staged(kind, identity)
-        self.store.quarantine(kind, name, reason)
+        self._turn_away(kind, name, reason)
         self.entries[kind, identity] = None
         if known:
-            return self.put(kind, identity, known.record(identity))
-        (self.store.directory / kind / f"{name}.json").unlink(missing_ok=True)
-        if (kind, identity, "put") in self.store.recent:
+            self.put(kind, identity, known.record(identity))
+        elif (kind, identity, "put") in self.store.recent:
             self._enter(kind, identity, "quarantine")
+
+    def _turn_away(self, kind: str, name: str, reason: str) -> None:
+        """Put a file into quarantine. It stays where it is until the change is durable: never in neither place."""
+        self.spoiled.add(self.store.quarantine(kind, name, reason))
 
     def _entry(self, kind: str, identity: str) -> Entry | None:
         """Return what the record is now, after a look whether its file was changed by hand."""
         name = self.store.path(kind, identity).stem
         if (kind, identity) not in self.entries and self.store.differs(kind, name):
-            self.adopt(kind, name)
+            self.adopt(kind, name, patient=False)  # the rule may write over it
         return self._staged(kind, identity)
 
     def _staged(self, kind: str, identity: str) -> Entry | None:
@@ -957,6 +1015,10 @@ class Pen:
     def _enter(self, kind: str, identity: str, op: str, crc: int = 0) -> None:
         self.revision += 1
         self.lines.append(Line(self.revision, self.now, self.last_update, kind, identity, op, crc))
+
+
+def digest(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()
 
 
 class File(NamedTuple):
@@ -1026,21 +1088,22 @@ class Journal:
         self.fd = os.open(path, self.FLAGS, 0o600)
         self.known = (0, 0)  # the inode, and the size up to which it has been read
 
-    def moved(self) -> bool:
-        """Return whether someone else has entered a line, or replaced the file; costs one stat."""
+    def place(self) -> tuple[int, int]:
+        """Return the inode and the size of the file that has the journal's name; zeros if there is none."""
         try:
             status = os.stat(self.name)
         except FileNotFoundError:
-            return True
-        return (status.st_ino, status.st_size) != self.known
+            return 0, 0
+        return status.st_ino, status.st_size
+
+    def moved(self) -> bool:
+        """Return whether someone else has entered a line, or replaced the file; costs one stat."""
+        return self.place() != self.known
 
     def grown(self) -> bool:
-        """Return whether it is the file that was read before, with more behind that."""
-        try:
-            status = os.stat(self.path)
-        except FileNotFoundError:
-            return False
-        return status.st_ino == self.known[0] and status.st_size >= self.known[1]
+        """Return whether it is the file that was read before, with no less in it."""
+        inode, size = self.place()
+        return inode == self.known[0] and size >= self.known[1]
 
     def read(self) -> list[Line]:
         """Return the new lines. A torn last line was never acknowledged: it is cut off."""
@@ -1091,16 +1154,6 @@ def nothing(pen: Pen) -> None:
     """The rule that changes nothing; to run it is to take in what others did."""
 
 
-class Ticket(Generic[T]):
-    """A rule that waits for its turn, and what came of it."""
-
-    def __init__(self, rule: Callable[[Pen], T]) -> None:
-        self.rule = rule
-        self.answer: T | None = None
-        self.error: Exception | None = None
-        self.settled = False
-
-
 class Store:
     """The state directory. Opening it repairs what a crash left.
 
@@ -1116,7 +1169,7 @@ class Store:
         self.revision, self.last_update = 0, 0.0
         self.changed = threading.Condition()  # guards what is shown to readers; told of every change
         self.closed = False
-        self._queue: list[Ticket[Any]] = []
+        self._queue: list[tuple[Callable[[Pen], Any], Future[Any]]] = []
         self._queued = threading.Condition()  # guards the queue; told when a commit has ended
         self._committing, self._together = False, 0
         self._suspects: dict[tuple[str, str], int] = {}  # (kind, name): when to look at it again, in ms
@@ -1125,8 +1178,6 @@ class Store:
         self._lock = filelock.FileLock(
             self.directory / ".lock", timeout=LOCK_S, poll_interval=LOCK_POLL_S, thread_local=False, mode=0o600
         )
-        if self.kinds != KINDS and not (self.directory / "journal.jsonl").exists():
-            Store(self.directory, clock=clock).close()  # only who reads all kinds can rebuild the journal
         self._journal = Journal(self.directory / "journal.jsonl")
         self.change(nothing)
 
@@ -1163,8 +1214,8 @@ class Store:
             for (kind, identity, op), revision in reversed(self.recent.items()):
                 if revision <= since:
                     break
-                if op == "put" and kind in changed:
-                    changed[kind][identity] = self.entries[kind][identity]
+                if op == "put" and kind in changed and (entry := self.entries[kind].get(identity)):
+                    changed[kind][identity] = entry
                 elif op == "delete" and kind in deleted:
                     deleted[kind].append(identity)
             return Delta(False, self.revision, self.cursor, changed, deleted, since)
@@ -1181,7 +1232,8 @@ class Store:
     def refresh(self) -> None:
         """Take in what other processes have journaled. Costs one stat when there is nothing new."""
         if self._journal.moved():
-            self.change(nothing)
+            with contextlib.suppress(Full, Broken):  # of those who write at the same time: a reader need not care
+                self.change(nothing)
 
     def _since(self, cursor: str | None) -> int | None:
         """Return the revision of a *cursor* that was given out on this directory's own past, else None."""
@@ -1201,46 +1253,32 @@ class Store:
         Whoever comes while another commits is committed with the others that wait. Raises what the
         rule raises, Busy if another process holds the lock for too long, Full if the disk is.
         """
-        ticket = Ticket(rule)
+        answer: Future[T] = Future()
         with self._queued:
-            self._queue.append(ticket)
-            self._queued.wait_for(lambda: ticket.settled or not self._committing)
-            self._committing = self._committing or not ticket.settled
-        if not ticket.settled:
+            self._queue.append((rule, answer))
+            self._queued.wait_for(lambda: answer.done() or not self._committing)
+            self._committing = self._committing or not answer.done()
+        if not answer.done():
             self._commit_queue()
-        if ticket.error:
-            raise ticket.error
-        return ticket.answer  # type: ignore[return-value]
+        return answer.result()
 
     def _commit_queue(self) -> None:
         """Commit whatever waits, as the one thread that does."""
         if self._together > 1:
             time.sleep(GATHER_S)  # those just served are about to ask again
         with self._queued:
-            tickets, self._queue = self._queue, []
-        try:
-            self._commit(tickets)
-        finally:
-            with self._queued:
-                self._together, self._committing = len(tickets), False
-                for ticket in tickets:
-                    ticket.settled = True
-                self._queued.notify_all()
-
-    def _commit(self, tickets: list[Ticket[Any]]) -> None:
+            waiting, self._queue = self._queue, []
         try:
             with self._locked():
-                self._catch_up()
-                pen = Pen(self, self.clock())
-                self._adopt_suspects(pen)
-                for ticket in tickets:
-                    pen = self._try(ticket, pen)
-                if pen.lines or pen.history:
-                    self._write(pen)
-        except (OSError, Refusal) as error:
-            for ticket in tickets:
-                if ticket.rule is not nothing:
-                    ticket.error = ticket.error or (refusal_of(error) if isinstance(error, OSError) else error)
+                self._commit(waiting)
+        except BaseException as error:  # whatever it was, nobody is to be told that all is well
+            for _, answer in waiting:
+                if not answer.done():
+                    answer.set_exception(refusal_of(error) if isinstance(error, OSError) else error)
+        finally:
+            with self._queued:
+                self._together, self._committing = len(waiting), False
+                self._queued.notify_all()
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -1250,15 +1288,25 @@ class Store:
         except filelock.Timeout:
             raise Busy(f"another process has held {self.directory / '.lock'} for {LOCK_S:.0f} s; try again") from None
 
-    def _try(self, ticket: Ticket[Any], pen: Pen) -> Pen:
-        """Return the pen after the rule of *ticket*, or as it was if the rule failed."""
-        trial = pen.fork()
-        try:
-            ticket.answer = ticket.rule(trial)
-        except Exception as error:  # a rule is its caller's code: the error is raised there, the others go on
-            ticket.error = error
-            return pen
-        return trial
+    def _commit(self, waiting: list[tuple[Callable[[Pen], Any], Future[Any]]]) -> None:
+        """Run each rule, make what they wrote durable together, and give the answers."""
+        self._catch_up()
+        pen, looked = self._adopt_suspects(Pen(self, self.clock()))
+        answers = []
+        for rule, answer in waiting:
+            trial = pen.fork()
+            try:
+                answers.append((answer, rule(trial)))
+                pen = trial
+            except Exception as error:  # a rule is its caller's code: the error is raised there, the others go on
+                answer.set_exception(error)
+        if pen.lines or pen.history or pen.spoiled:
+            self._write(pen)
+        for key, when in looked.items():
+            if self._suspects.get(key) == when:
+                del self._suspects[key]
+        for answer, value in answers:
+            answer.set_result(value)
 
     def _write(self, pen: Pen) -> None:
         """Make everything that *pen* holds durable, then visible."""
@@ -1273,8 +1321,18 @@ class Store:
                 file.aside.unlink()
             raise
         self._sound = False  # should a rename fail: the journal has it, so whoever comes next completes it
-        put_in_place(files)
+        try:
+            put_in_place(files)
+            for path in pen.spoiled - {file.path for file in files}:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise Broken(f"{error.strerror}; the change will be completed later: look before you repeat it") from None
         self._sound = True
+        self._show(pen, stamps)
+        self._trim(pen.history)
+
+    def _show(self, pen: Pen, stamps: dict[Path, Stamp]) -> None:
+        """Let readers see what *pen* wrote."""
         with self.changed:
             for (kind, identity), entry in pen.entries.items():
                 if entry is None:
@@ -1285,9 +1343,13 @@ class Store:
             for line in pen.lines:
                 self._note(line)
             self.changed.notify_all()
-        for folder in {file.path.parent for file in pen.history if file.path.parents[1].name == "documents"}:
+
+    def _trim(self, history: Iterable[File]) -> None:
+        """Keep the latest versions of each document that *history* was added to."""
+        for folder in {file.path.parent for file in history if file.path.parents[1].name == "documents"}:
             for name in sorted(os.listdir(folder))[:-HISTORY_FILES]:
-                (folder / name).unlink()
+                with contextlib.suppress(OSError):  # one too many does no harm
+                    (folder / name).unlink()
 
     def _note(self, line: Line) -> None:
         """Remember what a *line* of the journal says."""
@@ -1303,14 +1365,17 @@ class Store:
 
     def follow(self) -> None:
         """Take in what is done to the directory by others, as it happens, until the store is closed."""
-        watch = Watch(self.directory, self.kinds)
+        watch = None
         while not self.closed:
-            names = watch.wait(LOOK_S / 3)
             try:
-                self.notice(names)
-            except Refusal as refusal:
-                log.warning("what others did must wait: %s", refusal)
-        watch.close()
+                if watch is None or watch.stale:
+                    self._make_folders()
+                    watch = Watch(self.directory, self.kinds)
+                    self.notice(None)
+                self.notice(watch.wait(LOOK_S / 3))
+            except (OSError, Refusal) as error:
+                log.warning("what others did must wait: %s", error)
+                time.sleep(SETTLE_S)
 
     def notice(self, names: set[tuple[str, str]] | None) -> None:
         """Take in what was done to the files *names*, (kind, file name), or to any file if that is None."""
@@ -1326,23 +1391,34 @@ class Store:
 
     def differs(self, kind: str, name: str) -> bool:
         """Return whether the file *name* (without .json) is not the one that was last read or written."""
-        entry = self.entries[kind].get(urllib.parse.unquote(name))
+        identity = urllib.parse.unquote(name)
+        entry = self.entries[kind].get(identity) if is_name(name) else None
         try:
             return (entry and entry.stamp) != stamp_of(os.stat(self.directory / kind / f"{name}.json"))
         except FileNotFoundError:
-            return (kind, urllib.parse.unquote(name), "put") in self.recent
+            return is_name(name) and (kind, identity, "put") in self.recent
+        except OSError:  # a link to itself, say
+            return True
 
     def _all_files(self, kind: str) -> set[str]:
         """Return the names of the files of *kind*: those that are there, and those that should be."""
         known = {f"{name_of(identity)}.json" for identity in [*self.entries[kind]]}
-        return known | set(os.listdir(self.directory / kind))
+        folder = self.directory / kind
+        return known | set(os.listdir(folder) if folder.exists() else ())
 
-    def _adopt_suspects(self, pen: Pen) -> None:
-        for (kind, name), when in [*self._suspects.items()]:
-            if when <= pen.now:
-                del self._suspects[kind, name]
+    def _adopt_suspects(self, pen: Pen) -> tuple[Pen, dict[tuple[str, str], int]]:
+        """Return the pen after it took in the files that are due for a look, and which those are, and since when."""
+        due = {key: when for key, when in [*self._suspects.items()] if when <= pen.now}
+        for kind, name in due:
+            trial = pen.fork()
+            try:
                 if self.differs(kind, name):
-                    pen.adopt(kind, name)
+                    trial.adopt(kind, name)
+                pen = trial
+            except (OSError, Refusal) as error:  # one odd file must not keep the others
+                log.warning("%s/%s.json is passed over for now: %s", kind, name, error)
+                self._suspects[kind, name] = pen.now + round(SETTLE_S * 1000)
+        return pen, due
 
     def postpone(self, kind: str, name: str, now: int) -> bool:
         """Return whether a file is so new that it may be half written, and then look at it again later."""
@@ -1351,53 +1427,67 @@ class Store:
             self._suspects[kind, name] = now + round(SETTLE_S * 1000)
         return young
 
-    def quarantine(self, kind: str, name: str, reason: str) -> None:
-        """Move a file that is no record aside, with the *reason* beside it."""
-        place = self.directory / "quarantine" / f"{kind}.{name}.{self.clock()}"
-        place.with_name(place.name + ".reason").write_text(reason + "\n")
+    def quarantine(self, kind: str, name: str, reason: str) -> Path:
+        """Put a file that is no record into quarantine too, with the *reason* beside it; return where it was."""
         path = self.directory / kind / f"{name}.json"
-        if path.is_file():
-            os.link(path, place)  # it stays where it is until what was known takes its place: never neither
+        place = self.directory / "quarantine" / f"{kind}.{name[: NAME_BYTES // 2]}.{os.lstat(path).st_mtime_ns}"
+        place.parent.mkdir(mode=0o700, exist_ok=True)
+        place.with_name(place.name + ".reason").write_text(reason + "\n")
+        if stat.S_ISREG(os.lstat(path).st_mode):
+            with contextlib.suppress(FileExistsError):  # there already: what came of it was not made durable
+                os.link(path, place)
         else:
             os.rename(path, place)
-        log.warning("%s/%s.json is not a record and was moved to quarantine/%s: %s", kind, name, place.name, reason)
+        log.warning("%s/%s.json is not a record; it is now quarantine/%s: %s", kind, name, place.name, reason)
+        return path
 
     def _catch_up(self) -> None:
-        """Take in the journal's new lines, completing what their writer did not live to complete."""
+        """Take in what the journal has and this store has not, completing what a writer did not live to complete."""
         if self._sound and not self._journal.moved():
             return
-        if not self._sound or not self._journal.grown():
-            return self._open()
-        lines = self._journal.read()
-        last = {(line.kind, line.id, line.op): line for line in lines if line.kind in self.kinds}
-        self._complete(self.file(line.kind, line.id, line.op, line.revision) for line in last.values())
+        anew, self._sound = not (self._sound and self._journal.grown()), False
+        if anew:
+            self._journal.close()
+            self._journal = Journal(self._journal.path)
         with self.changed:
+            if anew:
+                self.recent, self.epochs, self.revision, self.last_update = {}, [], 0, 0.0
+                self.entries = {kind: {} for kind in KINDS}
+            lines = self._journal.read()
             for line in lines:
                 self._note(line)
-            for line in last.values():
-                self._take_in(line)
+            last = {(line.kind, line.id, line.op): line for line in lines}
+            standing = {key: line for key, line in last.items() if self.recent.get(key) == line.revision}
+            self._finish(standing.values())
+            self._take_in(standing)
+            if anew:
+                self._begin(lines, standing)
             self.changed.notify_all()
+        self._sound = True
 
-    def _take_in(self, line: Line) -> None:
-        """Bring the entry of a record to what another process's *line* says."""
-        if line.op != "put":
-            if (line.kind, line.id, "put") not in self.recent:
-                self.entries[line.kind].pop(line.id, None)
-            return
-        name = name_of(line.id)
-        with contextlib.suppress(FileNotFoundError, Unreadable):
-            entry, _ = read_record(line.kind, name, self.path(line.kind, line.id))
-            if entry.crc == line.crc:
-                self.entries[line.kind][line.id] = entry
-                return
-        self._suspects[line.kind, name] = 0
+    def _finish(self, lines: Iterable[Line]) -> None:
+        """Put in place what the writers of *lines* set aside and did not live to rename."""
+        for line in sorted(lines, key=lambda line: line.revision):
+            if line.kind in self.kinds and line.op in ("put", "delete"):
+                file = self.file(line.kind, line.id, line.op, line.revision)
+                if file.aside.exists():
+                    log.warning("completing %s: its writer was stopped", file.path.name)
+                    put_in_place([file])
 
-    def _complete(self, files: Iterable[File]) -> None:
-        """Put in place what a writer entered in the journal and did not live to rename."""
-        for file in files:
-            if file.aside.exists():
-                log.warning("completing %s: its writer was stopped", file.path.name)
-                put_in_place([file])
+    def _take_in(self, standing: dict[tuple[str, str, str], Line]) -> None:
+        """Bring the entries to what the lines *standing* in the journal say; suspect the files that differ."""
+        for kind, identity, op in standing:
+            if kind in self.kinds and op != "put" and (kind, identity, "put") not in self.recent:
+                self.entries[kind].pop(identity, None)
+        for (kind, identity, op), line in standing.items():
+            if kind in self.kinds and op == "put":
+                name = name_of(identity)
+                self._suspects[kind, name] = 0
+                with contextlib.suppress(FileNotFoundError, Unreadable):
+                    entry, _ = read_record(kind, name, self.path(kind, identity))
+                    if entry.crc == line.crc:
+                        self.entries[kind][identity] = entry
+                        del self._suspects[kind, name]
 
     # Opening
 
@@ -1407,71 +1497,55 @@ class Store:
         for name in ("deleted", *(f"deleted/{kind}" for kind in KINDS), "history", "quarantine", *KINDS):
             (self.directory / name).mkdir(mode=0o700, exist_ok=True)
 
-    def _open(self) -> None:
-        """Read the directory: the journal, then every record, and note what the two do not agree on."""
-        self._journal.close()
-        self._journal = Journal(self._journal.path)
-        lines = self._journal.read()
-        with self.changed:
-            self.recent, self.epochs, self.revision, self.last_update = {}, [], 0, 0.0
-            for line in lines:
-                self._note(line)
-            self._clear_aside()
-            last = {(line.kind, line.id, line.op): line for line in lines}
-            last = {key: line for key, line in last.items() if key in self.recent}
-            unknown = self._load(last)
-            for line in unknown:
-                self._note(line)
+    def _begin(self, lines: list[Line], standing: dict[tuple[str, str, str], Line]) -> None:
+        """Settle what the journal does not say, compact it if it is long, and begin an epoch for cursors."""
+        self._clear_aside()
+        kinds = self.kinds if lines else KINDS  # only from all records can a journal be made again
+        strangers = [*self._strangers(kinds), *([] if lines else self._graves())]
+        strangers.sort(key=lambda line: line.revision)
+        for line in strangers:
+            self._note(line)
+        self.entries = {kind: self.entries[kind] for kind in self.kinds}
+        self._suspects = {key: when for key, when in self._suspects.items() if key[0] in self.kinds}
         if self.kinds == KINDS and len(lines) > 2 * len(self.recent) + SLACK_LINES:
-            self._journal.rewrite([*[line for line in lines if line.op == "open"][-EPOCHS:], *last.values()])
+            self._journal.rewrite([*[line for line in lines if line.op == "open"][-EPOCHS:], *standing.values()])
         epoch = Line(self.revision, self.clock(), self.last_update, "journal", secrets.token_hex(6), "open")
-        self._journal.enter([*unknown, epoch])
+        self._journal.enter([*strangers, epoch])
         sync_folder(self.directory)
         self._note(epoch)
-        self._sound = True
 
     def _clear_aside(self) -> None:
-        """Complete what was entered in the journal and not renamed; remove what was not entered."""
-        entered = sorted((revision, key) for key, revision in self.recent.items() if key[0] in self.kinds)
-        folders = [self.directory / folder / kind for kind in self.kinds for folder in ("", "deleted")]
-        aside = [path for folder in folders for path in folder.glob(".*.json.*") if path.suffix[1:].isdecimal()]
-        self._complete(self.file(*key, revision) for revision, key in (entered if aside else ()))
-        if self.kinds == KINDS:
-            aside += (self.directory / "history").glob(".*.json")
-        for path in aside:
-            path.unlink(missing_ok=True)
+        """Remove what was set aside and never entered in the journal: it was not acknowledged."""
+        for folder in (self.directory / part / kind for part in ("", "deleted") for kind in self.kinds):
+            for path in folder.glob(".*.json.*"):
+                if path.suffix[1:].isdecimal():
+                    path.unlink()
+        for path in (self.directory / "history").glob(".*.json") if self.kinds == KINDS else ():
+            path.unlink()
 
-    def _load(self, last: dict[tuple[str, str, str], Line]) -> list[Line]:
-        """Read all records. Return lines for those that are newer than the journal: it was lost, or its end was."""
-        unknown: list[Line] = []
-        self.entries = {kind: {} for kind in self.kinds}
-        missing = {(kind, name_of(identity)) for kind, identity, op in last if op == "put" and kind in self.kinds}
-        for kind in self.kinds:
+    def _strangers(self, kinds: Iterable[str]) -> Iterator[Line]:
+        """Read the records of *kinds* that the journal does not know, and yield a line for those newer than it.
+
+        For them the journal was lost, or its end was. The others were put there by hand.
+        """
+        head = self.revision
+        for kind in kinds:
             for file in (self.directory / kind).glob("[!.]*.json"):
-                missing.discard((kind, file.stem))
-                line = last.get((kind, urllib.parse.unquote(file.stem), "put"))
-                if not self._accept(kind, file, line, unknown):
-                    self._suspects[kind, file.stem] = 0
-        self._suspects |= dict.fromkeys(missing, 0)
-        return sorted([*unknown, *([] if last else self._graves())], key=lambda line: line.revision)
-
-    def _accept(self, kind: str, file: Path, line: Line | None, unknown: list[Line]) -> bool:
-        """Read a record and return whether it is what its *line* says, or newer than all lines."""
-        try:
-            entry, record = read_record(kind, file.stem, file)
-        except (FileNotFoundError, Unreadable):
-            return False
-        if not line and entry.revision > self.revision:
-            moment = float(min(record.get("updatedAt") or record.get("timestamp") or 0, self.clock()))
-            unknown.append(Line(entry.revision, moment, moment, kind, record["id"], "put", entry.crc))
-        elif not line or line.crc != entry.crc:
-            return False
-        self.entries[kind][record["id"]] = entry
-        return True
+                identity = urllib.parse.unquote(file.stem)
+                if is_name(file.stem) and (kind, identity, "put") in self.recent:
+                    continue
+                self._suspects[kind, file.stem] = 0
+                with contextlib.suppress(FileNotFoundError, Unreadable):
+                    entry, record = read_record(kind, file.stem, file)
+                    if entry.revision > head and from_hand(kind, record, 0, 0) == record:
+                        moment = float(min(record.get("updatedAt") or record.get("timestamp") or 0, self.clock()))
+                        self.entries[kind][identity] = entry
+                        del self._suspects[kind, file.stem]
+                        yield Line(entry.revision, moment, moment, kind, identity, "put", entry.crc)
 
     def _graves(self) -> Iterator[Line]:
         """Yield a line for each tombstone; for a journal that was lost."""
-        for kind in self.kinds:
+        for kind in KINDS:
             for file in (self.directory / "deleted" / kind).glob("[!.]*.json"):
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     grave = msgspec.json.decode(file.read_bytes())
@@ -1520,9 +1594,7 @@ ROUTES = (
     Route("GET", "/commands", "get_commands"),
     Route("GET", "/command/<identity:path>", "get_command"),
     Route("PATCH", "/command/<identity:path>", "patch_command"),
-    Route("DELETE", "/command/<identity:path>", "delete_command"),
-    Route("DELETE", "/conversation/<identity:path>", "delete_conversation"),
-    Route("DELETE", "/document/<identity:path>", "delete_document"),
+    Route("DELETE", "/<kind:re:conversation|document|command>/<identity:path>", "delete"),
 )
 
 OWN_FIELDS = {"id", "revision"}  # of every record; on the wire the key says the one and the cursor the other
@@ -1574,7 +1646,7 @@ def take_document(pen: Pen, identity: str, document: Record) -> None:
     document = trust_clock({"id": identity, **document}, known, pen.now)
     if grave and document["timestamp"] <= grave["deletedBefore"]:
         return pen.keep("documents", identity, [document] if document["timestamp"] != grave.get("timestamp") else [])
-    merged, losers = merge_document(known, document) if known else (document, [])
+    merged, losers = join(known, document, document_rank) if known else (document, [])
     pen.keep("documents", identity, losers)
     pen.put("documents", identity, merged)
 
@@ -1586,6 +1658,12 @@ def take_command(pen: Pen, identity: str, command: Record) -> None:
     put_command(pen, known, merge_command(known, {**command, "id": identity}, pen.now))
 
 
+def report(pen: Pen, identity: str, patch: Record) -> Record:
+    """Return the command after an agent's *patch*; raise NotFound, Conflict or Malformed."""
+    known = existing("commands", pen.get("commands", identity))
+    return put_command(pen, known, advance(known, check(PATCH, patch, ""), pen.now))
+
+
 def put_command(pen: Pen, known: Record | None, command: Record) -> Record:
     """Write *command* if it is not as it was *known*, move lastUpdate to now, and return it."""
     if command != known:
@@ -1594,14 +1672,12 @@ def put_command(pen: Pen, known: Record | None, command: Record) -> Record:
     return command
 
 
-def show(delta: Delta, last_update: float, now: int, kinds: Iterable[str], statuses: set[str]) -> bytes:
+def show(delta: Delta, last_update: float, now: int, kinds: Iterable[str], statuses: Container[str] = ()) -> bytes:
     """Return the sync document of *delta*, from bytes that are already encoded."""
     encode = msgspec.json.encode
     shown = []
     for kind in kinds:
-        records = delta.changed[kind].items()
-        if kind == "commands" and statuses:
-            records = {key: entry for key, entry in records if entry.status() in statuses}.items()
+        records = delta.shown(kind, statuses).items()
         body = b",".join(encode(identity) + b":" + entry.newer(delta.since) for identity, entry in records)
         shown.append(b'"%s":{%s}' % (kind.encode(), body))
     tail: Record = {"lastUpdate": last_update if last_update % 1 else int(last_update), "cursor": delta.cursor}
@@ -1666,7 +1742,7 @@ class Service:
         return self.compress(body if isinstance(body, bytes) else msgspec.json.encode(body))
 
     def compress(self, body: bytes) -> bytes:
-        if len(body) >= GZIP_BYTES and "gzip" in header("Accept-Encoding"):
+        if len(body) >= GZIP_BYTES and re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", header("Accept-Encoding")):
             bottle.response.set_header("Content-Encoding", "gzip")
             body = gzip.compress(body, 1, mtime=0)
         bottle.response.add_header("Vary", "Accept-Encoding")
@@ -1675,7 +1751,7 @@ class Service:
     def authenticate(self) -> None:
         scheme, _, token = header("Authorization").partition(" ")
         given = token.strip().encode("latin-1", "replace")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given, self.token.encode()):
+        if scheme.lower() != "bearer" or not given or not hmac.compare_digest(given, self.token.encode()):
             raise Unauthorized
 
     # What a request says
@@ -1717,12 +1793,13 @@ class Service:
         until = time.monotonic() + seconds
         if seconds <= 0 or not self.waiters.acquire(blocking=False):
             return
+        gone = bottle.request.environ.get("waitress.client_disconnected", bool)
         try:
-            while not self.store.closed and (left := until - time.monotonic()) > 0:
+            while not self.store.closed and not gone() and (left := until - time.monotonic()) > 0:
                 revision = self.store.revision
                 if ready():
                     return
-                self.store.wait(revision, left)
+                self.store.wait(revision, min(left, GONE_S))
         finally:
             self.waiters.release()
 
@@ -1761,14 +1838,14 @@ class Service:
         since, seconds = query.get("since"), self.seconds()
         kinds = kinds or list(KINDS)
         if since:
-            self.hold(lambda: any(delta_of(self.store.delta(since), kinds)), seconds)
+            self.hold(lambda: self.store.delta(since).touches(kinds, statuses), seconds)
         delta = self.store.delta(since)
         tag = f'W/"{delta.cursor}"'
         bottle.response.set_header("ETag", tag)
         if tag in header("If-None-Match"):
             bottle.response.status = 304
             return b""
-        return show(delta, self.store.last_update, self.store.clock(), kinds, set(statuses))
+        return show(delta, self.store.last_update, self.store.clock(), kinds, statuses)
 
     def post_sync(self) -> bytes:
         """Merge what is sent, the whole state or a part of it: {"status": "updated" | "current", "data": state}.
@@ -1784,7 +1861,7 @@ class Service:
             for identity in push.get(kind, {}) if delta.since else ():
                 if entry := self.store.entries[kind].get(identity):
                     delta.changed[kind][identity] = entry
-        state = show(delta, self.store.last_update, self.store.clock(), KINDS, set())
+        state = show(delta, self.store.last_update, self.store.clock(), KINDS)
         return b'{"status":"%s","data":%s}' % (status.encode(), state)
 
     def post_command(self) -> Any:
@@ -1792,6 +1869,7 @@ class Service:
         order = check_command(self.body())
         if own := SET_LATER & order.keys():
             raise Malformed(min(own), "is set by the service; send it under another name")
+        seconds = self.seconds()
 
         def queue(pen: Pen) -> str:
             identity = f"cmd-{pen.now}-{secrets.token_hex(5)}"
@@ -1799,7 +1877,7 @@ class Service:
             return identity
 
         identity = self.store.change(queue)
-        self.hold(lambda: self.status_of(identity) in ENDED, seconds := self.seconds())
+        self.hold(lambda: self.status_of(identity) in ENDED, seconds)
         entry = self.store.get("commands", identity)
         shown = entry.record(identity) if entry and seconds else {"status": "pending"}
         return {"commandId": identity, **{key: value for key, value in shown.items() if key != "id"}}
@@ -1831,27 +1909,17 @@ class Service:
         claim is lost unless it is renewed in time. {"status": "completed" | "failed", "result", "error"}
         ends it. A command that has ended stays as it is: the same report again is 200, another 409.
         """
-        patch = check(PATCH, self.body(), "")
-
-        def report(pen: Pen) -> Record:
-            known = existing("commands", pen.get("commands", identity))
-            return put_command(pen, known, advance(known, patch, pen.now))
-
-        return {key: value for key, value in self.store.change(report).items() if key != "id"}
-
-    def delete_command(self, identity: str) -> Record:
-        """Remove a command that is not running."""
-        return self.delete("commands", identity)
-
-    def delete_conversation(self, identity: str) -> Record:
-        """Remove a conversation. Its messages do not come back from who still has them; newer ones do."""
-        return self.delete("conversations", identity)
-
-    def delete_document(self, identity: str) -> Record:
-        """Remove a document. It does not come back from who still has it; a newer version does."""
-        return self.delete("documents", identity)
+        patch = self.body()
+        changed = self.store.change(lambda pen: report(pen, identity, patch))
+        return {key: value for key, value in changed.items() if key != "id"}
 
     def delete(self, kind: str, identity: str) -> Record:
+        """Remove a conversation, a document, or a command that is not running.
+
+        It does not come back from who still has a copy; what is newer than its removal does.
+        """
+        kind += "s"
+
         def remove(pen: Pen) -> None:
             if existing(kind, pen.get(kind, identity)).get("status") == "processing":
                 raise Conflict(f"{identity} is being executed; it can be deleted when it has ended")
@@ -1874,9 +1942,12 @@ class Service:
             for identity, entry in delta.changed["commands"].items():
                 due[identity] = deadline(entry.record(identity), self.listening) or float("inf")
             now = self.store.clock()
-            if late := [identity for identity, moment in due.items() if moment < now]:
-                self.store.change(lambda pen, late=late: expire(pen, late, self.listening))  # type: ignore[misc]
-            due = {identity: moment for identity, moment in due.items() if now <= moment < float("inf")}
+            try:
+                if late := [identity for identity, moment in due.items() if moment < now]:
+                    self.store.change(lambda pen, late=late: expire(pen, late, self.listening))  # type: ignore[misc]
+                due = {identity: moment for identity, moment in due.items() if now <= moment < float("inf")}
+            except Refusal as refusal:
+                log.warning("commands that are overdue must wait: %s", refusal)
             time.sleep(SWEEP_S)
 
 
@@ -1894,15 +1965,8 @@ def expire(pen: Pen, identities: list[str], listening: float) -> None:
 
 def existing(kind: str, record: T | None) -> T:
     if record is None:
-        raise NotFound(f"{SINGULAR[kind]} not found")
+        raise NotFound(f"{kind[:-1].capitalize()} not found")
     return record
-
-
-def delta_of(delta: Delta, kinds: Iterable[str]) -> Iterator[Any]:
-    """Yield what *delta* says of *kinds*: anything, if there is something new."""
-    yield delta.full
-    for kind in kinds:
-        yield from (delta.changed[kind], delta.deleted[kind])
 
 
 def check_path(path: str) -> None:
@@ -1912,6 +1976,15 @@ def check_path(path: str) -> None:
         raise Malformed("path", "is not UTF-8") from None
 
 
+def readable(path: str) -> str:
+    """Return the path of a route as people write it.
+
+    >>> readable("/<kind:re:a|b>/<identity:path>")
+    '/KIND/ID'
+    """
+    return re.sub("<identity.*?>", "ID", re.sub("<kind.*?>", "KIND", path))
+
+
 def docs_page() -> bytes:
     """Return the documentation, made from the routes and the tables above."""
 
@@ -1919,7 +1992,7 @@ def docs_page() -> bytes:
         return ", ".join(table) or "none"
 
     routes = "".join(
-        f"<h3><code>{route.method} {html.escape(re.sub('<.*>', 'ID', route.path))}</code>"
+        f"<h3><code>{route.method} {html.escape(readable(route.path))}</code>"
         f"{' <small>public</small>' if route.public else ''}</h3>"
         f"<p>{html.escape(inspect.getdoc(getattr(Service, route.handler)) or '')}</p>"
         for route in ROUTES
@@ -1976,9 +2049,11 @@ def token_of(directory: Path) -> str:
     if token := os.environ.get("KIROSYNC_TOKEN"):
         return token
     path = directory / "token"
-    with contextlib.suppress(FileExistsError), open(path, "x", opener=lambda p, f: os.open(p, f, 0o600)) as file:
-        file.write(secrets.token_urlsafe(32) + "\n")
-    return path.read_text().strip()
+    if not path.exists():
+        file = File(path, directory / ".token")
+        set_aside({file: secrets.token_urlsafe(32).encode() + b"\n"})
+        put_in_place([file])
+    return path.read_text().strip() or sys.exit(f"kirosync: {path} is empty; remove it, and a new one is made")
 
 
 def listen(service: Service, threads: int) -> Any:
@@ -1990,6 +2065,7 @@ def listen(service: Service, threads: int) -> Any:
             port=service.port,
             threads=threads,
             connection_limit=CONNECTIONS,
+            channel_request_lookahead=1,  # else it cannot tell that a client has hung up
             max_request_body_size=BODY_BYTES + 1,  # it refuses what is as large as this
             ident="kirosync",
         )

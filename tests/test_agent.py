@@ -5,6 +5,8 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -12,6 +14,7 @@ import sys
 import threading
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 from conftest import TOKEN, Process, Server, until
@@ -163,8 +166,8 @@ def test_aws_refusals_are_told_in_the_models_words(agent, moto):
     assert gone["error"].startswith("NoSuchEntity: The user with name nobody cannot be found")
     assert gone["result"]["requestId"]
     assert "Missing required parameter" in aws(agent, "s3", "get-object", {"Bucket": "b"})["error"]
-    assert "there is list_buckets" in aws(agent, "s3", "list-bucket")["error"]
-    assert "Unknown service" in aws(agent, "s33", "list-buckets")["error"]
+    assert "perhaps list_buckets" in aws(agent, "s3", "list-bucket")["error"]
+    assert "no 's33' here" in aws(agent, "s33", "list-buckets")["error"]
     assert "no 'Bukkit'" in aws(agent, "s3", "get-object", {"Bukkit": "b"})["error"]
 
 
@@ -439,7 +442,7 @@ def test_a_turn_of_the_loop_claims_once_and_reports_until_it_is_taken():
             if patch["status"] == "completed" and next(self.failures, None) is not None:
                 raise program.Unreachable("the service restarts")
             self.said.append(patch)
-            return {"id": "c", "type": "execute_bash", "command": "echo hi", "attempt": 1}
+            return {"id": "c", "type": "execute_bash", "command": "echo hi", "attempt": 1, **patch}
 
         def close(self):
             pass
@@ -450,10 +453,10 @@ def test_a_turn_of_the_loop_claims_once_and_reports_until_it_is_taken():
     until(lambda: len(link.said) == 2)
     assert [patch["status"] for patch in link.said] == ["processing", "completed"]
     assert link.said[1]["result"]["stdout"] == "hi\n"
-    agent.waiting.put(None)
+    agent.pool.shutdown()
 
 
-def test_claims_are_renewed_while_they_run():
+def test_claims_are_renewed_while_they_run_and_one_that_was_given_up_is_ended():
     now, said = [0.0], []
 
     class Quiet:
@@ -462,14 +465,136 @@ def test_claims_are_renewed_while_they_run():
 
         def report(self, identity, patch):
             said.append(patch)
+            return None if len(said) > 1 else patch
 
         def close(self):
             pass
 
-    agent = program.Agent(Quiet(), "a", jobs=0, clock=lambda: now[0])
-    agent.running["c"] = 2
+    agent = program.Agent(Quiet(), "a", clock=lambda: now[0])
+    run = agent.taken["c"] = program.Run("c")
+    run.held = {"agent": "a", "claim": "x", "attempt": 2}
     agent.turn(0)
     assert said == []
-    now[0] = program.LEASE_S / 3
-    agent.turn(0)
-    assert said == [{"status": "processing", "agent": "a", "lease": program.LEASE_S, "attempt": 2}]
+    for turn in (1, 2):
+        now[0] = turn * program.LEASE_S / 3
+        agent.turn(0)
+        assert said[-1] == {"status": "processing", "lease": program.LEASE_S, **run.held}
+        assert run.ending.is_set() == (turn == 2)
+    agent.pool.shutdown()
+
+
+def test_a_report_that_is_refused_ends_the_command_with_the_reason(tmp_path):
+    link = program.FolderLink(tmp_path / "state")
+    rules = link.rules
+    link.store.change(
+        lambda pen: rules.put_command(
+            pen, None, {"id": "c", **rules.new_command({"type": "execute_bash", "command": "x"}, pen.now)}
+        )
+    )
+    agent = program.Agent(link, "a")
+    deep = []
+    for _ in range(300):
+        deep = [deep]
+    program.EXECUTORS["execute_bash"], real = lambda command, ending: deep, program.EXECUTORS["execute_bash"]
+    try:
+        agent.turn(0)
+        until(lambda: link.store.get("commands", "c").status() == "failed")
+        ended = link.store.get("commands", "c").record("c")
+    finally:
+        program.EXECUTORS["execute_bash"] = real
+    assert (ended["status"], ended["outcome"]) == ("failed", "error")
+    assert "report was refused" in ended["error"]
+    agent.pool.shutdown()
+    link.store.close()
+
+
+def test_a_command_that_is_seen_pending_many_times_runs_once(server, state, tmp_path, start):
+    """Whatever is said of it while it waits: each run leaves a mark."""
+    start(Process, "agent.py", "--state", state, "--jobs", "8", log=tmp_path / "agent.log")
+    marks, identities = tmp_path / "marks", []
+    for number in range(60):
+        order = {"type": "execute_bash", "command": f"echo {number} >> {marks}; sleep 0.02"}
+        identities.append(server.ask("POST", "/command", json=order).json()["commandId"])
+        for _ in range(3):
+            server.ask("PATCH", f"/command/{identities[-1]}", json={"metadata": {"n": number}})
+    for identity in identities:
+        server.ask("GET", f"/command/{identity}?wait=20")
+    assert sorted(map(int, marks.read_text().split())) == list(range(60))
+
+
+def test_a_retryable_command_whose_agent_died_is_run_again(server, state, tmp_path, start):
+    agent = start(Process, "agent.py", "--state", state, "--name", "a", log=tmp_path / "agent.log")
+    order = {"type": "execute_bash", "command": f"echo x >> {tmp_path}/tries; sleep 1", "retryable": True}
+    identity = server.ask("POST", "/command", json=order).json()["commandId"]
+    until((tmp_path / "tries").exists)
+    agent.end(9)
+    start(Process, "agent.py", "--state", state, "--name", "a", log=tmp_path / "agent.log")
+    ended = server.ask("GET", f"/command/{identity}?wait=20").json()
+    assert (ended["outcome"], ended["attempt"]) == ("ok", 2)
+    assert (tmp_path / "tries").read_text() == "x\nx\n"
+
+
+def test_two_signals_at_once_end_the_agent(state, tmp_path, start):
+    for _ in range(12):
+        log = tmp_path / "agent.log"
+        agent = start(Process, "agent.py", "--state", state, log=log)
+        until(lambda agent=agent, log=log: f"[{agent.popen.pid}] INFO agent" in log.read_text())
+        agent.popen.send_signal(signal.SIGINT)
+        agent.popen.send_signal(signal.SIGTERM)
+        assert agent.popen.wait(10) == 0
+
+
+def test_an_agent_that_cannot_start_says_why_in_one_line(state, tmp_path, start):
+    (tmp_path / "alone").mkdir()
+    shutil.copy(program.__file__, tmp_path / "alone" / "agent.py")
+    for name, argv, said in (
+        ("a", ["agent.py", "--server", "127.0.0.1:1"], "agent: --server wants a URL, such as http://127.0.0.1:1"),
+        ("b", ["agent.py", "--server", "http://127.0.0.1:1"], "agent: --server wants a token"),
+        ("c", ["agent.py", "--server", "http://x", "--token-file", "/no"], "agent: /no: No such file or directory"),
+        ("d", [tmp_path / "alone" / "agent.py", "--state", state], "agent: kirosync is missing"),
+    ):
+        assert start(Process, *argv, log=tmp_path / name).popen.wait(20) == 1
+        assert (tmp_path / name).read_text().startswith(said)
+        assert len((tmp_path / name).read_text().splitlines()) == 1
+
+
+def test_what_a_timed_out_command_left_in_the_background_is_ended_too():
+    report = program.execute({"type": "execute_bash", "command": "sleep 98765 & echo $!; wait", "timeout": 0.5}, FREE)
+    pid = int(report["result"]["stdout"])
+    until(lambda: "98765" not in cmdline_of(pid), 5)
+
+
+def cmdline_of(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def test_writers_that_expect_the_same_file_do_not_both_win(tmp_path):
+    path, wins = tmp_path / "f", []
+    write = {"type": "write_file", "path": str(path), "expectedSha256": None}
+
+    def race(number):
+        script = (
+            f"import agent, json, sys; print(json.dumps(agent.execute({ {**write, 'content': str(number)}!r}, None)))"
+        )
+        ran = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=os.getcwd()
+        )
+        wins.append(json.loads(ran.stdout)["status"])
+
+    threads = [threading.Thread(target=race, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(wins) == ["completed"] + ["failed"] * 5
+
+
+def test_a_relative_working_directory_counts_once(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "f.py").write_text("needle")
+    monkeypatch.chdir(tmp_path)
+    found = execute(type="code_search", query="needle", workingDir="sub")
+    assert [match["path"] for match in found["matches"]] == ["f.py"]

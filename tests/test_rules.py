@@ -1,13 +1,14 @@
 """The rules, on values alone."""
 
 import itertools
+import sys
 
 import hypothesis.strategies as some
 import pytest
 from hypothesis import given
 
 import kirosync
-from kirosync import advance, canonical, merge_command, merge_document, merge_messages
+from kirosync import advance, canonical, merge_command, merge_messages
 
 CONTENT = some.text("ab", max_size=3)
 TIME = some.integers(1, 3) | some.sampled_from([1.0, 2.5])
@@ -72,7 +73,7 @@ def test_messages_stand_by_time_and_those_of_equal_time_as_first_seen(mine, thei
 @given(DOCUMENT, DOCUMENT, DOCUMENT)
 def test_merging_documents_is_idempotent_commutative_and_associative(one, two, three):
     def merge(mine, theirs):
-        return merge_document(mine, theirs)[0]
+        return kirosync.join(mine, theirs, kirosync.document_rank)[0]
 
     assert canonical(merge(one, one)) == canonical(one)
     assert canonical(merge(one, two)) == canonical(merge(two, one))
@@ -139,7 +140,7 @@ def test_exactly_one_claim_is_taken():
 
 
 def test_a_report_of_an_older_attempt_is_refused():
-    claimed = advance(PENDING | {"attempt": 1}, {**CLAIM, "agent": "a"}, now=1)
+    claimed = advance(PENDING | {"attempt": 2}, {**CLAIM, "agent": "a"}, now=1)
     with pytest.raises(kirosync.Conflict, match="attempt 2, not 1"):
         advance(claimed, {"status": "completed", "attempt": 1}, now=2)
 
@@ -154,7 +155,7 @@ def test_the_same_report_again_is_no_change_and_another_is_refused():
 
 
 def test_what_was_ordered_cannot_be_changed_by_a_report():
-    with pytest.raises(kirosync.Conflict, match="command was set when it was queued"):
+    with pytest.raises(kirosync.Conflict, match="command is set when it is queued"):
         advance(PENDING, {**CLAIM, "command": "rm"}, now=1)
 
 
@@ -190,7 +191,7 @@ def test_what_nobody_took_expires_and_what_nobody_reported_is_lost():
 def test_a_retryable_command_goes_back_to_the_queue_and_its_old_attempt_is_refused():
     leased = advance({**PENDING, "retryable": True}, {**CLAIM, "agent": "a", "lease": 5}, now=0)
     again = kirosync.overdue(leased, 6000)
-    assert (again["status"], again["attempt"], "agent" in again) == ("pending", 1, False)
+    assert (again["status"], again["attempt"], "agent" in again) == ("pending", 2, False)
     second = advance(again, {**CLAIM, "agent": "b", "lease": 5}, now=6001)
     assert second["attempt"] == 2
     with pytest.raises(kirosync.Conflict):
@@ -208,9 +209,12 @@ def test_a_stale_client_never_causes_an_old_command_to_run():
 def test_a_pushed_report_is_taken_along_the_table_and_no_further():
     report = {**PENDING, "status": "completed", "result": 7}
     assert merge_command(PENDING, report, now=3)["result"] == 7
-    claimed = advance(PENDING | {"attempt": 1}, {**CLAIM, "agent": "a"}, now=1)
-    assert merge_command(claimed, {**report, "attempt": 1}, now=3) is claimed
-    assert merge_command({**PENDING, "attempt": 1}, {**report, "attempt": 1}, now=3)["status"] == "pending"
+    again = {**PENDING, "attempt": 2}
+    claimed = advance(again, {**CLAIM, "agent": "a"}, now=1)
+    for attempt in ({}, {"attempt": 1}):
+        assert merge_command(claimed, {**report, **attempt}, now=3) is claimed
+        assert merge_command(again, {**report, **attempt}, now=3) is again
+    assert merge_command(PENDING, {**report, "agent": "b"}, now=3)["agent"] == "b"
 
 
 @given(some.text(max_size=140))
@@ -228,3 +232,58 @@ def test_every_id_is_a_file_name_or_refused(text):
 @given(some.text(min_size=1, max_size=9), some.text(min_size=1, max_size=9))
 def test_different_ids_have_different_names(one, two):
     assert (kirosync.name_of(one) == kirosync.name_of(two)) == (one == two)
+
+
+def test_a_claim_repeated_is_the_same_claim_and_that_of_a_namesake_is_not():
+    claim = {**CLAIM, "agent": "a", "claim": "one", "lease": 5}
+    claimed = advance(PENDING, claim, now=1)
+    assert advance(claimed, claim, now=2)["leaseUntil"] == 5002
+    for other in ({**claim, "claim": "two"}, {**CLAIM, "agent": "a"}):
+        with pytest.raises(kirosync.Conflict, match="already claimed by a"):
+            advance(claimed, other, now=2)
+
+
+def test_only_who_holds_a_command_hands_it_back():
+    claimed = advance(PENDING, {**CLAIM, "agent": "a"}, now=1)
+    for other in ({"status": "pending"}, {"status": "pending", "agent": "b"}):
+        with pytest.raises(kirosync.Conflict):
+            advance(claimed, other, now=2)
+    assert advance(claimed, {"status": "pending", "agent": "a"}, now=2)["attempt"] == 2
+
+
+def test_an_outcome_fits_its_status_and_an_order_cannot_be_added_to():
+    claimed = advance(PENDING, CLAIM, now=1)
+    for patch in ({"status": "failed", "outcome": "ok"}, {"status": "completed", "outcome": "exit"}):
+        with pytest.raises(kirosync.Malformed, match="cannot have the outcome"):
+            advance(claimed, patch, now=2)
+    with pytest.raises(kirosync.Conflict, match="expiresIn is set when it is queued"):
+        advance(claimed, {"expiresIn": "soon"}, now=2)
+
+
+def test_a_service_that_was_down_gives_agents_time_to_be_heard():
+    leased = advance(PENDING, {**CLAIM, "agent": "a", "lease": 5}, now=0)
+    assert kirosync.overdue(leased, 100_000, listening=90_000) is leased
+    assert kirosync.overdue(leased, 150_001, listening=90_000)["outcome"] == "lost"
+
+
+def test_metadata_of_any_kind_merges():
+    for one, two in itertools.product([None, "x", {"metadata": 1}, {"metadata": {"a": 1}}], repeat=2):
+        document = {"content": "", "timestamp": 1}
+        left, right = ({**document, "metadata": value} for value in (one, two))
+        assert kirosync.unite(left, right) == kirosync.unite(right, left)
+
+
+def test_merging_many_messages_of_one_moment_and_burying_many_is_not_quadratic():
+    many = [{"role": "user", "content": f"{n:05}", "timestamp": 1} for n in range(20_000)]
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    state, _ = merge_messages(many, many)
+    alive, dead = kirosync.risen(many, {"deletedBefore": 2, "messages": many})
+    sys.setprofile(None)
+    assert (len(state), len(alive), len(dead)) == (20_000, 0, 20_000)
+    assert calls < 100 * len(many)

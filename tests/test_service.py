@@ -94,7 +94,7 @@ def test_home_docs_and_health_are_public(client):
 def test_docs_name_every_route_type_and_refusal(client):
     text = client.get("/docs").text
     for route in kirosync.ROUTES:
-        assert f"{route.method} {re.sub('<.*>', 'ID', route.path)}" in text
+        assert f"{route.method} {kirosync.readable(route.path)}" in text
     for name in (*kirosync.COMMANDS, "409 Conflict", "507 Full", "Authorization: Bearer"):
         assert name in text
     assert all(getattr(kirosync.Service, route.handler).__doc__ for route in kirosync.ROUTES)
@@ -345,7 +345,6 @@ def raw(server, request):
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(request)
-        connection.shutdown(socket.SHUT_WR)
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     head, _, body = answer.partition(b"\r\n\r\n")
     return int(head.split()[1]), json.loads(body)
@@ -385,7 +384,7 @@ def test_what_is_no_http_is_refused_in_json(server, request_line):
 def test_a_header_too_large_is_refused_in_json(server):
     status, answer = raw(server, b"GET /sync HTTP/1.1\r\nX: " + b"x" * 262_200 + b"\r\n\r\n")
     assert status == 431
-    assert answer["error"] == "Request Header Fields Too Large"
+    assert answer["error"].startswith("Request Header Fields Too Large")
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
