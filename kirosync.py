@@ -64,7 +64,7 @@ import zlib
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict, TypeVar, get_args, get_origin
 
 import bottle
 import filelock
@@ -207,29 +207,44 @@ MESSAGES: Any = list[MESSAGE]  # type: ignore[valid-type]
 DOCUMENT = shape({"content": str, "timestamp": Time}, {"path": str, "language": str})
 PUSH = shape({}, {**dict.fromkeys(KINDS, dict[str, Any]), "lastUpdate": Time})
 
-# What an order may say: for every type, and for each its required and its optional fields.
+# What an order may say: for every type, and for each its required and its optional fields, and its result.
 ORDER = {"workingDir": Text, "env": dict[str, str], "timeout": Run, "expiresIn": Stay, "target": Name}
 ORDER |= {"metadata": dict[str, Any], "retryable": bool}
-ORDERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "execute_bash": ({"command": Text}, {}),
-    "read_file": ({"path": Text}, {"offset": Count, "limit": Count, "tail": Count}),
+ORDERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "execute_bash": (
+        {"command": Text},
+        {},
+        "stdout, stderr, exitCode, durationMs; truncated and size where one was cut",
+    ),
+    "read_file": (
+        {"path": Text},
+        {"offset": Count, "limit": Count, "tail": Count},
+        "content, encoding (utf-8 or base64), size, sha256; truncated if it was cut",
+    ),
     "write_file": (
         {"path": Text, "content": str},
         {"encoding": Encoding, "mode": str, "append": bool, "expectedSha256": str | None},
+        "bytesWritten, created, sha256",
     ),
-    "list_directory": ({"path": Text}, {"recursive": bool, "glob": Text, "limit": Count}),
+    "list_directory": (
+        {"path": Text},
+        {"recursive": bool, "glob": Text, "limit": Count},
+        "entries [{name, type, size, modified, mode}], truncated",
+    ),
     "aws_operation": (
         {"service": Text, "operation": Text, "parameters": dict[str, Any]},
         {"region": Text, "profile": Text, "paginate": bool},
+        "the response; if AWS refused: code, message, requestId",
     ),
     "code_search": (
         {"query": Text},
         {"path": Text, "glob": Text, "regex": bool, "ignoreCase": bool, "context": Count, "limit": Count},
+        "matches [{path, line, column, text}], truncated",
     ),
-    "kiro_command": ({"command": Text}, {}),
-    "user_input": ({"prompt": Text}, {}),
+    "kiro_command": ({"command": Text}, {}, "output; for an IDE to execute"),
+    "user_input": ({"prompt": Text}, {}, "value; for a human to answer"),
 }
-COMMANDS = {kind: shape(required, {**ORDER, **optional}) for kind, (required, optional) in ORDERS.items()}
+COMMANDS = {kind: shape(required, {**ORDER, **optional}) for kind, (required, optional, _) in ORDERS.items()}
 
 # What an agent may say of a command, and what a command says beside what was ordered.
 REPORT = {
@@ -1806,7 +1821,7 @@ class Service:
     # What is answered
 
     def get_home(self) -> Any:
-        """The page; what this service is, for who accepts application/json."""
+        """This page, for a browser; else what the service is, as JSON."""
         if "text/html" not in header("Accept"):
             return {"service": "kirosync", "version": __version__, "docs": "/docs", "health": "/health"}
         bottle.response.content_type = "text/html; charset=utf-8"
@@ -1814,7 +1829,7 @@ class Service:
         return page.read_bytes() if page.exists() else docs_page()
 
     def get_docs(self) -> bytes:
-        """This page."""
+        """This documentation."""
         bottle.response.content_type = "text/html; charset=utf-8"
         return docs_page()
 
@@ -1989,35 +2004,38 @@ def docs_page() -> bytes:
     """Return the documentation, made from the routes and the tables above."""
 
     def fields(table: dict[str, Any]) -> str:
-        return ", ".join(table) or "none"
+        return ", ".join(f"{name}*" if get_origin(kind) is Required else name for name, kind in table.items())
 
     routes = "".join(
-        f"<h3><code>{route.method} {html.escape(readable(route.path))}</code>"
-        f"{' <small>public</small>' if route.public else ''}</h3>"
+        f"<h3><code>{route.method} {readable(route.path)}</code>{' <small>public</small>' if route.public else ''}</h3>"
         f"<p>{html.escape(inspect.getdoc(getattr(Service, route.handler)) or '')}</p>"
         for route in ROUTES
     )
     types = "".join(
-        f"<tr><td><code>{kind}</code><td>{fields(required)}<td>{fields(optional)}"
-        for kind, (required, optional) in ORDERS.items()
+        f"<tr><td><code>{kind}</code><td>{', '.join(required)}<td>{', '.join(optional)}<td>{result}"
+        for kind, (required, optional, result) in ORDERS.items()
     )
     refusals = "".join(f"<li>{kind.status} {kind.__name__}" for kind in Refusal.__subclasses__())
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>kirosync {__version__}</title>
 <meta name="viewport" content="width=device-width">
-<style>body{{max-width:46em;margin:2em auto;padding:0 1em;font:16px/1.5 system-ui}}p{{white-space:pre-line}}
-td,th{{text-align:left;padding:.2em 1em .2em 0;vertical-align:top}}small{{color:#666}}</style>
+<style>body{{max-width:56em;margin:2em auto;padding:0 1em;font:16px/1.5 system-ui}}p{{white-space:pre-line}}
+td,th{{text-align:left;padding:.2em 1em .2em 0;vertical-align:top}}small{{color:#666}}pre{{overflow:auto}}</style>
 <h1>kirosync {__version__}</h1>
-<p>One queue and one shared memory for an IDE, an agent and a human. Everything that is not public wants
-the header <code>Authorization: Bearer TOKEN</code>. Bodies are JSON, up to {BODY_BYTES >> 20} MiB. Timestamps are Unix
-milliseconds.</p><h2>Routes</h2>{routes}<h2>Commands</h2>
-<table><tr><th>type<th>required<th>optional{types}</table>
-<p>Optional for all: {fields(ORDER)}. Times in a command's options are seconds. A command is pending, processing,
-completed or failed; its outcome says how it ended: {", ".join(get_args(Outcome))}.</p>
+<p>One queue and one shared memory for an IDE, an agent and a human. All that is not public wants the header
+<code>Authorization: Bearer TOKEN</code>; the token is in the state directory, in the file token, or in KIROSYNC_TOKEN.
+Bodies are JSON, up to {BODY_BYTES >> 20} MiB. Timestamps are Unix milliseconds. Held answers wait at most {WAIT_S} s.</p>
+<pre>curl -H "Authorization: Bearer TOKEN" -H "Content-Type: application/json" \\
+  -d '{{"type": "execute_bash", "command": "df -h"}}' "http://{html.escape(header("Host"))}/command?wait=20"</pre>
+<h2>Routes</h2>{routes}<h2>Commands</h2>
+<table><tr><th>type<th>required<th>optional<th>result{types}</table>
+<p>Optional for all: {fields(ORDER)}. timeout (of running) and expiresIn (of waiting) are seconds, {RUN_S} and {EXPIRES_S}
+where not given; target is an agent's name; retryable is tried again if its agent is lost. A command is pending,
+processing, completed or failed; its outcome says how it ended: {", ".join(get_args(Outcome))}.</p>
 <h2>Records</h2><p>conversations: {{id: [message]}}, a message: {fields(MESSAGE.__annotations__)}
 documents: {{id: document}}, a document: {fields(DOCUMENT.__annotations__)}
 commands: {{id: command}}, a command: {fields(COMMAND.__annotations__)}
-Other fields are kept as they are. An id has 1 to {ID_CHARACTERS} characters, none of them a control character.</p>
-<h2>Refusals</h2><p>An error is JSON: {{"error": a sentence}}, and "field" where one is at fault.</p><ul>{refusals}</ul>
+* must be there; other fields are kept as they are. An id has 1 to {ID_CHARACTERS} characters, no control characters.</p>
+<h2>Refusals</h2><p>An error is JSON: {{"error": what was wrong}}, and "field" where one is at fault.</p><ul>{refusals}</ul>
 """.encode()
 
 
