@@ -2000,6 +2000,30 @@ def readable(path: str) -> str:
     return re.sub("<identity.*?>", "ID", re.sub("<kind.*?>", "KIND", path))
 
 
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kirosync {version}</title>
+<meta name="viewport" content="width=device-width">
+<style>body{{max-width:56em;margin:2em auto;padding:0 1em;font:16px/1.5 system-ui}}p{{white-space:pre-line}}
+td,th{{text-align:left;padding:.2em 1em .2em 0;vertical-align:top}}small{{color:#666}}pre{{overflow:auto}}</style>
+<h1>kirosync {version}</h1>
+<p>One queue and one shared memory for an IDE, an agent and a human. All that is not public wants the header
+<code>Authorization: Bearer TOKEN</code>; the token is in the state directory, in the file token, or in KIROSYNC_TOKEN.
+Bodies are JSON, up to {body} MiB. Timestamps are Unix milliseconds. Held answers wait at most {wait} s.</p>
+<pre>curl -H "Authorization: Bearer TOKEN" -H "Content-Type: application/json" \\
+  -d '{{"type": "execute_bash", "command": "df -h"}}' "http://{host}/command?wait=20"</pre>
+<h2>Routes</h2>{routes}<h2>Commands</h2>
+<table><tr><th>type<th>required<th>optional<th>result{types}</table>
+<p>Optional for all: {order}. timeout (of running) and expiresIn (of waiting) are seconds, {run} and {expires} where not
+given; target is an agent's name; retryable is tried again if its agent is lost. A command is pending, processing,
+completed or failed; its outcome says how it ended: {outcomes}.</p>
+<h2>Records</h2><p>conversations: {{id: [message]}}, a message: {message}
+documents: {{id: document}}, a document: {document}
+commands: {{id: command}}, a command: {command}
+* must be there; other fields are kept as they are. An id has 1 to {id} characters, no control characters.</p>
+<h2>Refusals</h2><p>An error is JSON: {{"error": what was wrong}}, and "field" where one is at fault.</p>
+<ul>{refusals}</ul>
+"""
+
+
 def docs_page() -> bytes:
     """Return the documentation, made from the routes and the tables above."""
 
@@ -2015,28 +2039,15 @@ def docs_page() -> bytes:
         f"<tr><td><code>{kind}</code><td>{', '.join(required)}<td>{', '.join(optional)}<td>{result}"
         for kind, (required, optional, result) in ORDERS.items()
     )
-    refusals = "".join(f"<li>{kind.status} {kind.__name__}" for kind in Refusal.__subclasses__())
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>kirosync {__version__}</title>
-<meta name="viewport" content="width=device-width">
-<style>body{{max-width:56em;margin:2em auto;padding:0 1em;font:16px/1.5 system-ui}}p{{white-space:pre-line}}
-td,th{{text-align:left;padding:.2em 1em .2em 0;vertical-align:top}}small{{color:#666}}pre{{overflow:auto}}</style>
-<h1>kirosync {__version__}</h1>
-<p>One queue and one shared memory for an IDE, an agent and a human. All that is not public wants the header
-<code>Authorization: Bearer TOKEN</code>; the token is in the state directory, in the file token, or in KIROSYNC_TOKEN.
-Bodies are JSON, up to {BODY_BYTES >> 20} MiB. Timestamps are Unix milliseconds. Held answers wait at most {WAIT_S} s.</p>
-<pre>curl -H "Authorization: Bearer TOKEN" -H "Content-Type: application/json" \\
-  -d '{{"type": "execute_bash", "command": "df -h"}}' "http://{html.escape(header("Host"))}/command?wait=20"</pre>
-<h2>Routes</h2>{routes}<h2>Commands</h2>
-<table><tr><th>type<th>required<th>optional<th>result{types}</table>
-<p>Optional for all: {fields(ORDER)}. timeout (of running) and expiresIn (of waiting) are seconds, {RUN_S} and {EXPIRES_S}
-where not given; target is an agent's name; retryable is tried again if its agent is lost. A command is pending,
-processing, completed or failed; its outcome says how it ended: {", ".join(get_args(Outcome))}.</p>
-<h2>Records</h2><p>conversations: {{id: [message]}}, a message: {fields(MESSAGE.__annotations__)}
-documents: {{id: document}}, a document: {fields(DOCUMENT.__annotations__)}
-commands: {{id: command}}, a command: {fields(COMMAND.__annotations__)}
-* must be there; other fields are kept as they are. An id has 1 to {ID_CHARACTERS} characters, no control characters.</p>
-<h2>Refusals</h2><p>An error is JSON: {{"error": what was wrong}}, and "field" where one is at fault.</p><ul>{refusals}</ul>
-""".encode()
+    page = PAGE.format(
+        **{"version": __version__, "body": BODY_BYTES >> 20, "wait": WAIT_S, "host": html.escape(header("Host"))},
+        **{"routes": routes, "types": types, "order": fields(ORDER), "run": RUN_S, "expires": EXPIRES_S},
+        **{"outcomes": ", ".join(get_args(Outcome)), "id": ID_CHARACTERS},
+        **{"message": fields(MESSAGE.__annotations__), "document": fields(DOCUMENT.__annotations__)},
+        command=fields(COMMAND.__annotations__),
+        refusals="".join(f"<li>{kind.status} {kind.__name__}" for kind in Refusal.__subclasses__()),
+    )
+    return page.encode()
 
 
 class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
