@@ -1070,7 +1070,7 @@ def set_aside(files: dict[File, bytes]) -> dict[Path, Stamp]:
         for fd in opened.values():
             os.fsync(fd)  # contents before name
         return {file.path: stamp_of(os.fstat(fd)) for file, fd in opened.items()}
-    except OSError:
+    except BaseException:
         for file in opened:
             file.aside.unlink()
         raise
@@ -1142,7 +1142,7 @@ class Journal:
         try:
             write_all(self.fd, b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
             os.fdatasync(self.fd)
-        except OSError:
+        except BaseException:
             os.ftruncate(self.fd, size)
             raise
         self.mark()
@@ -1331,7 +1331,7 @@ class Store:
         files = [file for file, _ in pen.files.values()]
         try:
             self._journal.enter(pen.lines)
-        except OSError:
+        except BaseException:
             for file in files:
                 file.aside.unlink()
             raise
@@ -1876,6 +1876,8 @@ class Service:
             for identity in push.get(kind, {}) if delta.since else ():
                 if entry := self.store.entries[kind].get(identity):
                     delta.changed[kind][identity] = entry
+                elif identity not in delta.deleted[kind]:
+                    delta.deleted[kind].append(identity)
         state = show(delta, self.store.last_update, self.store.clock(), KINDS)
         return b'{"status":"%s","data":%s}' % (status.encode(), state)
 

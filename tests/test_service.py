@@ -149,6 +149,10 @@ def test_post_with_since_answers_what_changed_and_what_became_of_what_was_sent(c
     state = client.post_json(f"/sync?since={cursor}", sent).json["data"]
     assert state["documents"] == {"d": {"content": "server", "timestamp": 9}}
     assert state["conversations"] == {"c": [HI]}
+    client.delete("/document/other")
+    cursor = client.get("/sync").json["cursor"]
+    state = client.post_json(f"/sync?since={cursor}", {"documents": {"other": DOCUMENT}}).json["data"]
+    assert (state["documents"], state["deleted"]) == ({}, {"documents": ["other"]})
 
 
 def test_an_unchanged_state_is_304_and_a_large_one_gzip(server):
