@@ -584,13 +584,16 @@ class FolderLink:
 
     def changes(self, seconds: float) -> dict[str, Record]:
         until = time.monotonic() + seconds
-        while self.revision == self.store.revision and time.monotonic() < until and not self.store.closed:
-            time.sleep(self.poll)
-            self.look()
-        delta = self.store.delta(self.cursor)
+        try:
+            while self.revision == self.store.revision and time.monotonic() < until and not self.store.closed:
+                time.sleep(self.poll)
+                self.look()
+            delta = self.store.delta(self.cursor)
+        except (self.rules.Refusal, OSError) as error:
+            raise Unreachable(str(error)) from None
         self.cursor, self.revision = delta.cursor, delta.revision
-        changed = delta.changed["commands"]
-        return {identity: entry.record(identity) for identity, entry in changed.items() if entry.status() in OPEN}
+        changed = delta.shown("commands", OPEN)
+        return {identity: entry.record(identity) for identity, entry in changed.items()}
 
     def look(self) -> None:
         """Notice what is new: by the journal, or, put into the folder by hand, within two seconds."""
@@ -742,7 +745,7 @@ class Agent:
             return
         run.held = {**holder, "attempt": claimed["attempt"]}
         ended = execute(claimed, run.ending)
-        if run.ending.is_set() and claimed.get("retryable"):
+        if ended["outcome"] == "cancelled" and claimed.get("retryable"):
             ended = {"status": "pending"}
         try:
             self.insist(run, {**ended, **run.held})
@@ -822,12 +825,20 @@ def hold_name(name: str, folder: Path) -> IO[str]:
     return file
 
 
+def open_folder(directory: Path, poll: float) -> FolderLink:
+    import kirosync  # noqa: PLC0415  only this link needs it
+
+    try:
+        return FolderLink(directory, poll)
+    except kirosync.Refusal as refusal:
+        sys.exit(f"agent: the state directory {directory} cannot be opened: {refusal}")
+
+
 def link_of(arguments: argparse.Namespace) -> tuple[Link, Path]:
     """Return the link that *arguments* ask for, and the folder of the agents' locks."""
     try:
         if not arguments.server:
-            directory = Path(arguments.state)
-            return FolderLink(directory, arguments.poll), directory / "agents"
+            return open_folder(Path(arguments.state), arguments.poll), Path(arguments.state, "agents")
         if not re.match(r"https?://", arguments.server):
             sys.exit(f"agent: --server wants a URL, such as http://{arguments.server}")
         token = os.environ.get("KIROSYNC_TOKEN", "")

@@ -51,6 +51,7 @@ import itertools
 import logging
 import os
 import re
+import resource
 import secrets
 import select
 import signal
@@ -161,6 +162,7 @@ GRACE_S = 60  # to report: after the run time, for a claim without a lease; afte
 LONGEST_RUN_S = 7 * 24 * 3600  # of a timeout or a lease
 LONGEST_STAY_S = 365 * 24 * 3600  # in the queue
 LOCK_S = 10.0  # wait for another process before saying 503
+OPEN_FILES = 200  # written at once; a process may often open 1024, and connections want theirs
 GATHER_S = 0.0002  # a busy committer waits for company: a sync costs as much for many as for one
 LOCK_POLL_S = 0.001  # filelock's own 0.05 starves whoever comes second
 WAIT_S = 55  # a held answer: proxies cut at 60
@@ -636,7 +638,8 @@ def merge_command(mine: Record | None, theirs: Record, now: int) -> Record:
         created = min(theirs.get("createdAt", now), now)
         stamped = {**theirs, "createdAt": created, "updatedAt": min(theirs.get("updatedAt", created), now)}
         if stamped["status"] == "processing":  # elsewhere: its report is waited for, for as long as it may run
-            return {key: value for key, value in stamped.items() if key != "leaseUntil"} | {"startedAt": now}
+            own = ("leaseUntil", "retryable", "agent", "claim")  # no agent of ours is to take it up
+            return {key: value for key, value in stamped.items() if key not in own} | {"startedAt": now}
         return overdue(stamped, now) if stamped["status"] == "pending" else stamped
     if theirs["status"] in (mine["status"], "pending") or mine["status"] in ENDED:
         return mine
@@ -850,7 +853,8 @@ class Watch:
         while notices:
             folder, mask, _, length = struct.unpack_from("iIII", notices)
             name = os.fsdecode(notices[16 : 16 + length].rstrip(b"\0"))
-            if mask & (self.OVERFLOW | self.IGNORED):
+            moved = self.folders.get(folder) == "" and name in KINDS
+            if moved or mask & (self.OVERFLOW | self.IGNORED):
                 self.stale = True
                 return None
             names.add((self.folders[folder], name))
@@ -924,6 +928,7 @@ class Pen:
         self.entries[kind, identity] = None
         self.files.pop(self.store.path(kind, identity), None)
         file = self.store.file(kind, identity, "delete", self.revision)
+        file = file if whole else file._replace(replaces=None)  # it is gone; one that has come since is another
         self.files[file.path] = file, lay_out(identity, self.revision, wire, {})
 
     def grave(self, kind: str, identity: str) -> Record | None:
@@ -1059,21 +1064,33 @@ def sync_folder(path: Path) -> None:
 
 def set_aside(files: dict[File, bytes]) -> dict[Path, Stamp]:
     """Write and sync each of *files* beside its place; on failure leave nothing behind."""
-    opened: dict[File, int] = {}
+    stamps: dict[Path, Stamp] = {}
+    waiting = [*files]
     try:
-        for file, text in files.items():
-            file.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            opened[file] = os.open(file.aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            write_all(opened[file], text)
+        while waiting:
+            stamps |= write_and_sync({file.aside: (file.path, files[file]) for file in waiting[:OPEN_FILES]})
+            waiting = waiting[OPEN_FILES:]
+    except BaseException:
+        for file in files:
+            file.aside.unlink(missing_ok=True)
+        raise
+    return stamps
+
+
+def write_and_sync(texts: dict[Path, tuple[Path, bytes]]) -> dict[Path, Stamp]:
+    """Write and sync each of {where: (for which path, text)}, all at once; return the stamps by path."""
+    opened: dict[Path, int] = {}
+    try:
+        for where, (path, text) in texts.items():
+            where.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            opened[path] = os.open(where, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            write_all(opened[path], text)
         for fd in opened.values() if len(opened) > 1 else ():
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # starts writing: the syncs then overlap
         for fd in opened.values():
             os.fsync(fd)  # contents before name
-        return {file.path: stamp_of(os.fstat(fd)) for file, fd in opened.items()}
-    except BaseException:
-        for file in opened:
-            file.aside.unlink()
-        raise
+        return {path: stamp_of(os.fstat(fd)) for path, fd in opened.items()}
     finally:
         for fd in opened.values():
             os.close(fd)
@@ -1194,7 +1211,12 @@ class Store:
             self.directory / ".lock", timeout=LOCK_S, poll_interval=LOCK_POLL_S, thread_local=False, mode=0o600
         )
         self._journal = Journal(self.directory / "journal.jsonl")
-        self.change(nothing)
+        try:
+            self.change(nothing)
+        except Refusal as refusal:
+            if not self._sound:
+                raise
+            log.warning("what was done by hand must wait: %s", refusal)
 
     def path(self, kind: str, identity: str) -> Path:
         """Return the file of a record: the one gate through which ids become names."""
@@ -1231,13 +1253,14 @@ class Store:
                     break
                 if op == "put" and kind in changed and (entry := self.entries[kind].get(identity)):
                     changed[kind][identity] = entry
-                elif op == "delete" and kind in deleted:
+                elif op in ("delete", "quarantine") and kind in deleted:
                     deleted[kind].append(identity)
             return Delta(False, self.revision, self.cursor, changed, deleted, since)
 
     def get(self, kind: str, identity: str) -> Entry | None:
         self.refresh()
-        return self.entries[kind].get(identity)
+        with self.changed:
+            return self.entries[kind].get(identity)
 
     def wait(self, revision: int, seconds: float) -> None:
         """Return when there is a revision above *revision*, the time is over, or the store is closed."""
@@ -1247,7 +1270,7 @@ class Store:
     def refresh(self) -> None:
         """Take in what other processes have journaled. Costs one stat when there is nothing new."""
         if self._journal.moved():
-            with contextlib.suppress(Full, Broken):  # of those who write at the same time: a reader need not care
+            with contextlib.suppress(Refusal):  # a full disk or a lock that is held: then a reader sees what is known
                 self.change(nothing)
 
     def _since(self, cursor: str | None) -> int | None:
@@ -1384,6 +1407,8 @@ class Store:
         while not self.closed:
             try:
                 if watch is None or watch.stale:
+                    if watch:
+                        watch.close()
                     self._make_folders()
                     watch = Watch(self.directory, self.kinds)
                     self.notice(None)
@@ -1498,6 +1523,7 @@ class Store:
             if kind in self.kinds and op == "put":
                 name = name_of(identity)
                 self._suspects[kind, name] = 0
+                self.entries[kind].pop(identity, None)  # what was known is not what was journaled
                 with contextlib.suppress(FileNotFoundError, Unreadable):
                     entry, _ = read_record(kind, name, self.path(kind, identity))
                     if entry.crc == line.crc:
@@ -1525,9 +1551,12 @@ class Store:
         if self.kinds == KINDS and len(lines) > 2 * len(self.recent) + SLACK_LINES:
             self._journal.rewrite([*[line for line in lines if line.op == "open"][-EPOCHS:], *standing.values()])
         epoch = Line(self.revision, self.clock(), self.last_update, "journal", secrets.token_hex(6), "open")
-        self._journal.enter([*strangers, epoch])
-        sync_folder(self.directory)
         self._note(epoch)
+        try:
+            self._journal.enter([*strangers, epoch])
+            sync_folder(self.directory)
+        except OSError as error:  # a full disk can still be read, and strangers are met again
+            log.warning("the journal cannot be written: %s", error.strerror)
 
     def _clear_aside(self) -> None:
         """Remove what was set aside and never entered in the journal: it was not acknowledged."""
@@ -1543,7 +1572,7 @@ class Store:
 
         For them the journal was lost, or its end was. The others were put there by hand.
         """
-        head = self.revision
+        head, seen = self.revision, set()
         for kind in kinds:
             for file in (self.directory / kind).glob("[!.]*.json"):
                 identity = urllib.parse.unquote(file.stem)
@@ -1552,7 +1581,8 @@ class Store:
                 self._suspects[kind, file.stem] = 0
                 with contextlib.suppress(FileNotFoundError, Unreadable):
                     entry, record = read_record(kind, file.stem, file)
-                    if entry.revision > head and from_hand(kind, record, 0, 0) == record:
+                    if entry.revision > head and entry.revision not in seen and from_hand(kind, record, 0, 0) == record:
+                        seen.add(entry.revision)
                         moment = float(min(record.get("updatedAt") or record.get("timestamp") or 0, self.clock()))
                         self.entries[kind][identity] = entry
                         del self._suspects[kind, file.stem]
@@ -1583,6 +1613,8 @@ def refusal_of(error: OSError) -> Refusal:
     """Return what to say of a write that failed."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return Full("the disk of the state directory is full: nothing was changed; make space and send it again")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return Busy("too many files are open: nothing was changed; try again")
     return Broken(f"the state directory cannot be written ({error.strerror}): nothing was changed")
 
 
@@ -1710,7 +1742,7 @@ class Service:
     def __init__(self, store: Store, token: str, host: str = "127.0.0.1", port: int = 0, threads: int = THREADS):
         self.store, self.token, self.host, self.port = store, token, host, port
         self.started, self.listening = time.monotonic(), store.clock()
-        self.waiters = threading.BoundedSemaphore(max(1, threads - max(2, threads // 4)))
+        self.waiters = threading.BoundedSemaphore(max(0, threads - max(2, threads // 4)))
         self.app: Any = bottle.Bottle()
         self.app.config["catchall"] = False  # answer() catches; beyond it a failure is waitress's to report
         self.app.default_error_handler = self.unrouted
@@ -1874,7 +1906,7 @@ class Service:
         delta = self.store.delta(bottle.request.query.get("since"))
         for kind in KINDS:
             for identity in push.get(kind, {}) if delta.since else ():
-                if entry := self.store.entries[kind].get(identity):
+                if entry := self.store.get(kind, identity):
                     delta.changed[kind][identity] = entry
                 elif identity not in delta.deleted[kind]:
                     delta.deleted[kind].append(identity)
@@ -1959,8 +1991,9 @@ class Service:
             for identity, entry in delta.changed["commands"].items():
                 due[identity] = deadline(entry.record(identity), self.listening) or float("inf")
             now = self.store.clock()
+            late = [identity for identity, moment in due.items() if moment < now]
             try:
-                if late := [identity for identity, moment in due.items() if moment < now]:
+                if late:
                     self.store.change(lambda pen, late=late: expire(pen, late, self.listening))  # type: ignore[misc]
                 due = {identity: moment for identity, moment in due.items() if now <= moment < float("inf")}
             except Refusal as refusal:
@@ -2112,7 +2145,12 @@ def listen(service: Service, threads: int) -> Any:
 def serve(arguments: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s [%(process)d] %(levelname)s %(message)s")
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of every request that waits a moment
-    store = Store(Path(arguments.state))
+    with contextlib.suppress(ValueError, OSError):  # a connection takes one, and many may be held
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    try:
+        store = Store(Path(arguments.state))
+    except (OSError, Refusal) as error:
+        sys.exit(f"kirosync: the state directory {arguments.state} cannot be opened: {error}")
     service = Service(store, token_of(store.directory), arguments.host, arguments.port, arguments.threads)
     server = listen(service, arguments.threads)
     service.port = int(server.effective_port)

@@ -434,3 +434,30 @@ def test_a_cut_connection_leaves_nothing_half_done(server):
             connection.sendall(head.encode() + body[:sent])
     assert server.ask("GET", "/sync").json()["documents"] == {}
     assert server.ask("POST", "/sync", data=body).status_code == 200
+
+
+def test_a_full_disk_can_still_be_read_and_its_agent_lives(small_disk, tmp_path, start):
+    state = small_disk / "state"
+    server = start(Server, state, tmp_path / "log")
+    server.ask("POST", "/sync", json={"documents": {"d": {"content": "x", "timestamp": 1}}})
+    agent = start(Process, "agent.py", "--state", state, log=tmp_path / "agent.log")
+    until(lambda: "agent" in (tmp_path / "agent.log").read_text())
+    server.end()
+    filling = small_disk / "filling"
+    with filling.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"x" * 4096)
+        except OSError:
+            pass
+    (state / "commands" / "c.json").symlink_to(tmp_path / "order.json")
+    (tmp_path / "order.json").write_text('{"type": "execute_bash", "command": "echo ran"}')
+    for _ in range(40):  # each start would add a line to the journal
+        store = kirosync.Store(state)
+        store._journal.close()
+    server = start(Server, state, tmp_path / "log")
+    assert server.ask("GET", "/sync").json()["documents"].keys() == {"d"}
+    assert server.ask("POST", "/command", json={"type": "execute_bash", "command": "true"}).status_code == 507
+    filling.unlink()
+    assert server.run(type="execute_bash", command="echo again")["result"]["stdout"] == "again\n"
+    assert agent.popen.poll() is None

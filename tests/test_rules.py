@@ -204,6 +204,10 @@ def test_a_stale_client_never_causes_an_old_command_to_run():
     done = advance(advance(PENDING, CLAIM, 1), {"status": "completed"}, 2)
     assert merge_command(done, old, now=3) is done
     assert merge_command(None, done, now=3)["status"] == "completed"
+    elsewhere = {**old, "status": "processing", "agent": "a", "claim": "x", "retryable": True, "leaseUntil": 10**15}
+    taken = merge_command(None, elsewhere, now=3)
+    assert not taken.keys() & {"agent", "claim", "retryable", "leaseUntil"}
+    assert kirosync.overdue(taken, 10**10)["outcome"] == "lost"
 
 
 def test_a_pushed_report_is_taken_along_the_table_and_no_further():

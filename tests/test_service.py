@@ -8,10 +8,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
+import filelock
 import hypothesis.strategies as some
 import pytest
 import webtest
-from conftest import TOKEN, Process, until
+from conftest import TOKEN, Process, Server, until
 from hypothesis import HealthCheck, given, settings
 
 import kirosync
@@ -488,3 +489,37 @@ def test_many_threads_in_process_share_one_store(client, store):
         assert set(threads.map(push, range(40))) == {200}
     assert len(client.get("/sync").json["conversations"]["c"]) == 40
     assert threading.active_count() < 50
+
+
+def test_a_lock_held_by_another_process_delays_what_is_overdue_but_does_not_end_the_looking(state, tmp_path, start):
+    """The lock is held for longer than anyone waits for it; what falls due meanwhile is ended afterwards."""
+    server = start(Server, state, tmp_path / "log")
+    identity = server.ask("POST", "/command", json={**BASH, "expiresIn": 1}).json()["commandId"]
+    lock = filelock.FileLock(state / ".lock")
+    with lock, (state / "journal.jsonl").open("ab") as journal:
+        journal.write(b'{"revision":99,"at":0,"lastUpdate":0,"kind":"lastUpdate","id":"","op":"touch"}\n')
+        journal.flush()
+        assert server.ask("GET", "/health").status_code == 200
+        time.sleep(kirosync.LOCK_S + 2)
+    assert server.ask("GET", f"/command/{identity}?wait=20").json()["outcome"] == "expired"
+
+
+def test_with_one_thread_nothing_is_held(state, tmp_path, start):
+    server = start(Server, state, tmp_path / "log", "--threads", "1")
+    cursor = server.ask("GET", "/sync").json()["cursor"]
+    started = time.monotonic()
+    server.ask("GET", f"/sync?since={cursor}&wait=20")
+    assert time.monotonic() - started < 3
+
+
+def test_who_hangs_up_frees_its_place(server):
+    cursor = server.ask("GET", "/sync").json()["cursor"]
+    host, port = server.url.removeprefix("http://").split(":")
+    for _ in range(kirosync.THREADS):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(f"GET /sync?since={cursor}&wait=50 HTTP/1.1\r\nHost: x\r\n".encode() + AUTH + b"\r\n")
+            time.sleep(0.02)
+    time.sleep(kirosync.GONE_S + 0.5)
+    started = time.monotonic()
+    server.ask("GET", f"/sync?since={cursor}&wait=1.5")
+    assert time.monotonic() - started > 1.4

@@ -2,9 +2,12 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
+import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import until
@@ -328,7 +331,8 @@ def test_a_file_in_quarantine_is_not_taken_for_a_deletion(store, state, clock):
     os.utime(file, (1, 1))
     for _ in range(2):
         again = kirosync.Store(state, clock=clock)
-        assert again.delta(cursor).deleted["documents"] == []
+        assert again.delta(cursor).deleted["documents"] == ["d"]
+        assert not (state / "deleted" / "documents" / "d.json").exists()
         again.close()
     again = kirosync.Store(state, clock=clock)
     push(again, documents={"d": {"content": "x", "timestamp": 1}})
@@ -554,3 +558,75 @@ def test_a_documents_own_field_called_revisions_is_kept(store):
     document = {"content": "x", "timestamp": 1, "revisions": [1]}
     push(store, documents={"d": document})
     assert shown(store, kind="documents") == {"d": document}
+
+
+def test_a_store_that_is_behind_does_not_take_its_old_copy_for_what_was_edited(store, state, clock):
+    """Another store wrote and someone edited that by hand, before this one looked."""
+    third = {"role": "user", "content": "third", "timestamp": 3}
+    push(store, conversations={"c": [HI]}, documents={"d": {"content": "1", "timestamp": 1}})
+    behind = kirosync.Store(state, clock=clock)
+    push(store, conversations={"c": [YO]}, documents={"d": {"content": "2", "timestamp": 2}})
+    copy, cursor = apply({}, store, None), store.cursor
+    (state / "conversations" / "c.json").write_text(json.dumps({"messages": [HI]}))
+    (state / "documents" / "d.json").write_text("{spoiled")
+    os.utime(state / "documents" / "d.json", (1, 1))
+    push(behind, conversations={"c": [third]})
+    assert apply(copy, store, cursor) == shown(store) == shown(behind) == {"c": [HI, third]}
+    assert shown(store, kind="documents") == shown(behind, kind="documents") == {}
+    assert store.delta(cursor).deleted["documents"] == ["d"]
+    behind.close()
+
+
+def test_a_push_of_more_records_than_a_process_may_open_files(store):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (400, limits[1]))
+    try:
+        push(store, documents={f"d{n}": {"content": "x", "timestamp": 1} for n in range(900)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(shown(store, kind="documents")) == 900
+
+
+def test_a_reader_never_sees_a_store_that_is_being_read_anew(store, state):
+    push(store, documents={f"d{n}": {"content": "x", "timestamp": 1} for n in range(300)})
+    stopping, missed = threading.Event(), []
+
+    def read():
+        while not stopping.is_set():
+            missed.extend([1] if store.get("documents", "d7") is None else [])
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for _ in range(10):
+        os.replace(shutil.copy(state / "journal.jsonl", state / "copy"), state / "journal.jsonl")
+        store.refresh()
+    stopping.set()
+    reader.join()
+    assert not missed
+
+
+def test_a_journal_made_again_gives_no_number_twice(store, state, clock):
+    push(store, documents={"q": {"content": "x", "timestamp": 1}})
+    store.close()
+    shutil.copy(state / "documents" / "q.json", state / "documents" / "r.json")
+    (state / "journal.jsonl").unlink()
+    again = kirosync.Store(state, clock=clock)
+    assert shown(again, kind="documents").keys() == {"q", "r"}
+    lines = [json.loads(line) for line in (state / "journal.jsonl").read_text().splitlines()]
+    assert sorted(line["revision"] for line in lines if line["op"] == "put") == [1, 2]
+    again.close()
+    store._journal = kirosync.Journal(state / "journal.jsonl")
+
+
+def test_a_folder_replaced_by_another_is_noticed_and_no_descriptor_is_lost(server, state):
+    server.ask("POST", "/sync", json={"documents": {"d": {"content": "x", "timestamp": 1}}})
+    descriptors = Path(f"/proc/{server.popen.pid}/fd")
+    before = len(list(descriptors.iterdir()))
+    for number in range(3):
+        (state / "documents").rename(state / f"old{number}")
+        shutil.copytree(state / f"old{number}", state / "documents")
+        time.sleep(0.3)
+        (state / "documents" / f"e{number}.json").write_text('{"content": "x"}')
+        until(lambda number=number: f"e{number}" in server.ask("GET", "/sync").json()["documents"], 3)
+    assert "d" in server.ask("GET", "/sync").json()["documents"]
+    assert len(list(descriptors.iterdir())) <= before + 2
