@@ -63,7 +63,7 @@ STEPS = ((0.0, signal.SIGINT), (2.0, signal.SIGTERM), (7.0, signal.SIGKILL))  # 
 DRAIN_S = 0.2  # for output to arrive after the command ended; a child left behind may hold the pipe for ever
 NOTICE_S = 0.25  # between looks whether a running command is to end
 LEASE_S = 45.0  # a claim that is not renewed for so long is lost
-POLL_S = 0.025  # between looks at the folder
+POLL_S = 0.02  # between looks at the folder
 HOLD_S = 25.0  # a request that waits for news
 PAUSE_S = 0.5  # before asking again a service that did not hold us
 RETRY_S = 5.0  # the longest pause before trying to reach the service again; a lease must outlast it
@@ -598,8 +598,8 @@ class FolderLink:
     def look(self) -> None:
         """Notice what is new: by the journal, or, put into the folder by hand, within two seconds."""
         self.store.refresh()
-        modified = os.stat(self.commands).st_mtime_ns if os.path.exists(self.commands) else 0
         if time.monotonic() - self.looked > self.rules.LOOK_S:
+            modified = os.stat(self.commands).st_mtime_ns if os.path.exists(self.commands) else 0
             self.store.notice(None if modified != self.seen else set())
             self.seen, self.looked = modified, time.monotonic()
 

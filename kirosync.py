@@ -1498,7 +1498,8 @@ class Store:
                 self._note(line)
             last = {(line.kind, line.id, line.op): line for line in lines}
             standing = {key: line for key, line in last.items() if self.recent.get(key) == line.revision}
-            self._finish(standing.values())
+            waiting = {int(path.suffix[1:]) for path in self._aside()} if anew else None
+            self._finish(line for line in standing.values() if waiting is None or line.revision in waiting)
             self._take_in(standing)
             if anew:
                 self._begin(lines, standing)
@@ -1558,13 +1559,15 @@ class Store:
         except OSError as error:  # a full disk can still be read, and strangers are met again
             log.warning("the journal cannot be written: %s", error.strerror)
 
+    def _aside(self) -> list[Path]:
+        """Return the files that were set aside and are neither renamed nor removed: a writer was stopped."""
+        folders = (self.directory / part / kind for part in ("", "deleted") for kind in self.kinds)
+        return [path for folder in folders for path in folder.glob(".*.json.*") if path.suffix[1:].isdecimal()]
+
     def _clear_aside(self) -> None:
         """Remove what was set aside and never entered in the journal: it was not acknowledged."""
-        for folder in (self.directory / part / kind for part in ("", "deleted") for kind in self.kinds):
-            for path in folder.glob(".*.json.*"):
-                if path.suffix[1:].isdecimal():
-                    path.unlink()
-        for path in (self.directory / "history").glob(".*.json") if self.kinds == KINDS else ():
+        history = (self.directory / "history").glob(".*.json") if self.kinds == KINDS else ()
+        for path in itertools.chain(self._aside(), history):
             path.unlink()
 
     def _strangers(self, kinds: Iterable[str]) -> Iterator[Line]:
