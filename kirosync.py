@@ -417,19 +417,32 @@ def identity_of(message: Record) -> Any:
     return ("id", message["id"]) if "id" in message else (message["timestamp"], message["role"])
 
 
+def after(group: list[tuple[int, Record]], content: str) -> int:
+    """Return where *content* stands in the order of a *group* of (place, message)."""
+    return bisect.bisect_left(group, content, key=lambda seen: seen[1]["content"])
+
+
+def covers(group: list[tuple[int, Record]], message: Record) -> bool:
+    """Return whether *group* has *message* already, or one that is greater, or goes on where it ends."""
+    if "id" in message:
+        return bool(group) and message_rank(group[0][1]) >= message_rank(message)
+    at = after(group, message["content"])
+    return at < len(group) and bool(group[at][1]["content"].startswith(message["content"]))
+
+
 def admit(group: list[tuple[int, Record]], place: int, message: Record) -> list[Record]:
     """Add *message* to the *group* of (place, message) that share its identity; return the losers.
 
     Without an id no content in a group begins another, and they stand in order: so the one that begins
     with this content is next to it, and so is the one that this content begins with.
     """
-    content, rival = message["content"], 0 if "id" in message and group else None
-    at = bisect.bisect_left(group, content, key=lambda seen: seen[1]["content"])
-    if "id" not in message:
-        if at < len(group) and group[at][1]["content"].startswith(content):
-            rival = at
-        elif at and content.startswith(group[at - 1][1]["content"]):
-            rival = at - 1
+    at = after(group, message["content"])
+    if "id" in message:
+        rival = 0 if group else None
+    elif covers(group, message):
+        rival = at
+    else:
+        rival = at - 1 if at and message["content"].startswith(group[at - 1][1]["content"]) else None
     if rival is None:
         group.insert(at, (place, message))
         return []
@@ -483,19 +496,13 @@ def risen(messages: list[Record], grave: Record) -> tuple[list[Record], list[Rec
     """
     alive: list[Record] = []
     dead: list[Record] = []
-    known: dict[Any, list[Record]] = {}
-    for message in grave["messages"]:
-        known.setdefault(identity_of(message), []).append(message)
+    groups: dict[Any, list[tuple[int, Record]]] = {}
+    for place, message in enumerate(grave["messages"]):
+        admit(groups.setdefault(identity_of(message), []), place, message)
     for message in messages:
-        same = known.get(identity_of(message), [])
-        buried = message["timestamp"] <= grave["deletedBefore"] or (same and adds_nothing(same, message))
+        buried = message["timestamp"] <= grave["deletedBefore"] or covers(groups.get(identity_of(message), []), message)
         (dead if buried else alive).append(message)
     return alive, dead
-
-
-def adds_nothing(known: list[Record], message: Record) -> bool:
-    before, after = (merge_messages(known, more)[0] for more in ([], [message]))
-    return before == after
 
 
 NEXT: dict[str, set[str]] = {
@@ -617,7 +624,7 @@ def overdue(command: Record, now: int, listening: float = 0) -> Record:
         return command
     if command["status"] == "pending":
         who = f"the agent {command['target']}" if "target" in command else f"an agent for {command['type']}"
-        waited = (now - command["createdAt"]) // 1000
+        waited = round((now - command["createdAt"]) / 1000)
         return fail(command, "expired", f"{who} did not take it in {waited} s; queue it again if still wanted", now)
     if command.get("retryable"):
         return requeue(command, now)
@@ -648,7 +655,7 @@ def merge_command(mine: Record | None, theirs: Record, now: int) -> Record:
     unclaimed = mine["status"] == "pending" and theirs["status"] == "completed"
     try:
         return advance(advance(mine, {**claim, "attempt": said["attempt"]}, now) if unclaimed else mine, said, now)
-    except Conflict:
+    except (Conflict, Malformed):
         return mine
 
 
