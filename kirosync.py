@@ -976,7 +976,8 @@ class Pen:
         identity = urllib.parse.unquote(name)
         if not is_name(name):
             return self._turn_away(kind, name, "the name of this file is not as kirosync would write it")
-        known = self.entries[kind, identity] = self._staged(kind, identity)
+        known, before = self._staged(kind, identity), self.entries.copy()
+        self.entries[kind, identity] = known
         try:
             entry, found = read_record(kind, name, path)
             record = from_hand(kind, found, entry.stamp[1] // 1_000_000, self.now)
@@ -985,7 +986,9 @@ class Pen:
             log.info("%s/%s was removed by hand", kind, name)
             return self.delete(kind, identity, self.now, whole=False)  # who makes room is to have it
         except (Unreadable, Malformed) as reason:
-            if not (patient and self.store.postpone(kind, name, self.now)):
+            if patient and self.store.postpone(kind, name, self.now):
+                self.entries = before  # not looked at yet: whoever writes meanwhile is to look
+            else:
                 self._quarantine(kind, name, str(reason))
             return
         if known and entry.crc == known.crc:

@@ -630,3 +630,17 @@ def test_a_folder_replaced_by_another_is_noticed_and_no_descriptor_is_lost(serve
         until(lambda number=number: f"e{number}" in server.ask("GET", "/sync").json()["documents"], 3)
     assert "d" in server.ask("GET", "/sync").json()["documents"]
     assert len(list(descriptors.iterdir())) <= before + 2
+
+
+def test_a_half_written_file_of_which_nothing_is_known_is_not_written_over(store, state, clock):
+    """Another store wrote it, someone is editing it, and this store is asked to write it too."""
+    push(store, conversations={"c": [HI]})
+    behind = kirosync.Store(state, clock=clock)
+    push(store, conversations={"c": [YO]})
+    copy, cursor = apply({}, store, None), store.cursor
+    (state / "conversations" / "c.json").write_text('{"messages": [')
+    os.utime(state / "conversations" / "c.json", (clock.now / 1000,) * 2)
+    push(behind, conversations={"c": [{**HI, "timestamp": 9}]})
+    assert [file.read_text() for file in (state / "quarantine").glob("*[0-9]")] == ['{"messages": [']
+    assert apply(copy, behind, cursor) == shown(behind)
+    behind.close()
