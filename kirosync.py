@@ -1636,23 +1636,25 @@ def refusal_of(error: OSError) -> Refusal:
 
 
 class Route(NamedTuple):
-    """A method and a path, the handler's name, and whether it is for everyone."""
+    """A method and a path, the handler's name, what may follow the "?", and whether it is for everyone."""
 
     method: str
     path: str
     handler: str
+    query: tuple[str, ...] = ()
     public: bool = False
 
 
 ROUTES = (
     Route("GET", "/", "get_home", public=True),
     Route("GET", "/docs", "get_docs", public=True),
+    Route("GET", "/openapi.json", "get_openapi", public=True),
     Route("GET", "/health", "get_health", public=True),
-    Route("GET", "/sync", "get_sync"),
-    Route("POST", "/sync", "post_sync"),
-    Route("POST", "/command", "post_command"),
-    Route("GET", "/commands", "get_commands"),
-    Route("GET", "/command/<identity:path>", "get_command"),
+    Route("GET", "/sync", "get_sync", ("since", "wait", "only", "status")),
+    Route("POST", "/sync", "post_sync", ("since",)),
+    Route("POST", "/command", "post_command", ("wait",)),
+    Route("GET", "/commands", "get_commands", ("status", "type", "limit")),
+    Route("GET", "/command/<identity:path>", "get_command", ("wait",)),
     Route("PATCH", "/command/<identity:path>", "patch_command"),
     Route("DELETE", "/<kind:re:conversation|document|command>/<identity:path>", "delete"),
 )
@@ -1878,6 +1880,16 @@ class Service:
         bottle.response.content_type = "text/html; charset=utf-8"
         return docs_page()
 
+    def get_openapi(self) -> Record:
+        """The routes, for programs: an OpenAPI 3.1 document."""
+        paths: Record = {}
+        for route in ROUTES:
+            path = re.sub(r"<(\w+).*?>", r"{\1}", route.path)
+            paths.setdefault(path, {})[route.method.lower()] = operation(route)
+        scheme = {"token": {"type": "http", "scheme": "bearer"}}
+        about = {"title": "kirosync", "version": __version__}
+        return {"openapi": "3.1.0", "info": about, "components": {"securitySchemes": scheme}, "paths": paths}
+
     def get_health(self) -> Record:
         """Whether the service is up: {status, timestamp, server: {running, port, host, uptime in s}}."""
         moment = datetime.datetime.fromtimestamp(self.store.clock() / 1000, datetime.UTC)
@@ -2046,6 +2058,23 @@ def readable(path: str) -> str:
     '/KIND/ID'
     """
     return re.sub("<identity.*?>", "ID", re.sub("<kind.*?>", "KIND", path))
+
+
+def operation(route: Route) -> Record:
+    """Return what OpenAPI says of a route."""
+    text = inspect.getdoc(getattr(Service, route.handler)) or ""
+    places = [(name, "path") for name in re.findall(r"<(\w+)", route.path)] + [(name, "query") for name in route.query]
+    return {
+        "summary": text.partition("\n")[0],
+        "description": text,
+        "parameters": [
+            {"name": name, "in": place, "required": place == "path", "schema": {"type": "string"}}
+            for name, place in places
+        ],
+        "security": [] if route.public else [{"token": []}],
+        "responses": {"200": {"description": "as described"}, "default": {"description": '{"error": what was wrong}'}},
+        **({"requestBody": {"content": {"application/json": {}}}} if route.method in ("POST", "PATCH") else {}),
+    }
 
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kirosync {version}</title>

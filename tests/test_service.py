@@ -1,5 +1,6 @@
 """The routes, asked in-process as a client would, and over a real socket where that matters."""
 
+import inspect
 import json
 import re
 import socket
@@ -10,6 +11,7 @@ from urllib.parse import quote
 
 import filelock
 import hypothesis.strategies as some
+import openapi_spec_validator
 import pytest
 import webtest
 from conftest import TOKEN, Process, Server, until
@@ -99,6 +101,26 @@ def test_docs_name_every_route_type_and_refusal(client):
     for name in (*kirosync.COMMANDS, "409 Conflict", "507 Full", "Authorization: Bearer"):
         assert name in text
     assert all(getattr(kirosync.Service, route.handler).__doc__ for route in kirosync.ROUTES)
+
+
+def test_the_openapi_document_is_one_and_names_every_route(client):
+    client.authorization = None
+    document = client.get("/openapi.json").json
+    openapi_spec_validator.validate(document)
+    described = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
+    assert len(described) == len(kirosync.ROUTES)
+    assert ("PATCH", "/command/{identity}") in described
+    queries = [each["name"] for each in document["paths"]["/sync"]["get"]["parameters"]]
+    assert queries == ["since", "wait", "only", "status"]
+
+
+def test_every_query_parameter_that_a_handler_reads_is_in_the_route_table():
+    for route in kirosync.ROUTES:
+        source = inspect.getsource(getattr(kirosync.Service, route.handler))
+        read = set(re.findall(r'(?:query\.get|listed)\("(\w+)"', source)) | (
+            {"wait"} if "self.seconds()" in source else set()
+        )
+        assert read == set(route.query), route
 
 
 # Sync beyond the seed
