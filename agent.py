@@ -162,10 +162,10 @@ def attend(
                     streams[key.fileobj].add(piece)  # type: ignore[index]
                 else:
                     selector.unregister(key.fileobj)
-            now = time.monotonic()
-            if not why and last == float("inf") and (ending.is_set() or now >= until):
+            now, running = time.monotonic(), last == float("inf")
+            if running and not why and (ending.is_set() or now >= until):
                 why, until = "cancelled" if ending.is_set() else "timeout", now
-            while why and last == float("inf") and steps and now >= until + steps[0][0]:
+            while running and why and steps and now >= until + steps[0][0]:
                 os.killpg(child.pid, steps.pop(0)[1])
     os.close(exited)
     if why:  # whom the leader of the group has left behind
