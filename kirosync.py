@@ -19,8 +19,8 @@ The directory is the database. Each conversation, document and command is one JS
 NAME is the id, with every byte outside A-Z a-z 0-9 . _ - percent-encoded, and a leading dot too.
 
 A change is written aside and synced, entered in the journal and synced, then renamed into place.
-The journal is the point of no return: before it nothing has happened, after it whoever next takes
-the lock completes the renames. So a reader never sees half a record, what was acknowledged is
+The journal is the point of no return: before it nothing has happened (history and quarantine apart,
+where one file too many does no harm), after it whoever next takes the lock completes the renames. So a reader never sees half a record, what was acknowledged is
 durable, and every change has a number, the revision, that grows by one over the whole directory.
 
 The sections, each of which uses only what stands above it, and the one rule of each:
@@ -882,7 +882,7 @@ class Watch:
 class Pen:
     """What a rule writes with. The store hands it out under the lock, and to nobody else.
 
-    All that is written with one pen becomes durable and visible together, or not at all.
+    All records written with one pen become durable and visible together, or not at all.
     """
 
     def __init__(self, store: Store, now: int) -> None:
