@@ -20,8 +20,9 @@ NAME is the id, with every byte outside A-Z a-z 0-9 . _ - percent-encoded, and a
 
 A change is written aside and synced, entered in the journal and synced, then renamed into place.
 The journal is the point of no return: before it nothing has happened (history and quarantine apart,
-where one file too many does no harm), after it whoever next takes the lock completes the renames. So a reader never sees half a record, what was acknowledged is
-durable, and every change has a number, the revision, that grows by one over the whole directory.
+where one file too many does no harm), after it whoever next takes the lock completes the renames.
+So a reader never sees half a record, what was acknowledged is durable, and every change has a
+number, the revision, that grows by one over the whole directory.
 
 The sections, each of which uses only what stands above it, and the one rule of each:
 
