@@ -69,6 +69,7 @@ PAUSE_S = 0.5  # before asking again a service that did not hold us
 RETRY_S = 5.0  # the longest pause before trying to reach the service again; a lease must outlast it
 STOP_S = 5.0  # for running commands when the agent is told to stop; then as long for their reports
 OPEN = ("pending", "processing")
+CLAIM = {"status": "processing", "lease": LEASE_S}  # and again, to renew it
 
 
 # ---------------------------------------------------------------------------------------- Executors
@@ -210,7 +211,7 @@ def reason_of(why: str, command: Record) -> str:
 
 def in_process(command: Record, ending: threading.Event) -> Any:
     """Run the executor of *command* in a process of its own: it can be ended, and leaves no memory behind."""
-    limits = {"timeout": IN_PROCESS_S.get(command["type"], RUN_S), "env": {}, **command, "workingDir": "."}
+    limits = {"timeout": IN_PROCESS_S.get(command["type"], RUN_S), **command, "workingDir": "."}
     with tempfile.TemporaryFile() as given:
         given.write(json.dumps(command).encode())
         given.seek(0)
@@ -576,7 +577,10 @@ class FolderLink:
         import kirosync  # noqa: PLC0415  only this link needs it
 
         self.rules, self.poll = kirosync, poll
-        self.store = kirosync.Store(directory, kinds=("commands",))
+        try:
+            self.store = kirosync.Store(directory, kinds=("commands",))
+        except kirosync.Refusal as refusal:
+            raise Unreachable(f"the state directory {directory} cannot be opened: {refusal}") from None
         self.cursor: str | None = None
         self.revision = -1
         self.commands = os.fspath(self.store.directory / "commands")
@@ -703,9 +707,7 @@ class Agent:
         if self.clock() >= self.renewed + LEASE_S / 3:
             self.renewed = self.clock()
             for run in [*self.taken.values()]:
-                if run.held and not self.link.report(
-                    run.identity, {"status": "processing", "lease": LEASE_S, **run.held}
-                ):
+                if run.held and not self.link.report(run.identity, {**CLAIM, **run.held}):
                     run.ending.set()  # it is no longer ours: its end was given up, or it was removed
 
     def consider(self, identity: str, command: Record) -> None:
@@ -740,7 +742,7 @@ class Agent:
         if self.stopping.is_set():
             return
         holder = {"agent": self.name, "claim": secrets.token_hex(8)}
-        claimed = self.insist(run, {"status": "processing", "lease": LEASE_S, **holder})
+        claimed = self.insist(run, {**CLAIM, **holder})
         if not claimed:
             return
         run.held = {**holder, "attempt": claimed["attempt"]}
@@ -825,20 +827,11 @@ def hold_name(name: str, folder: Path) -> IO[str]:
     return file
 
 
-def open_folder(directory: Path, poll: float) -> FolderLink:
-    import kirosync  # noqa: PLC0415  only this link needs it
-
-    try:
-        return FolderLink(directory, poll)
-    except kirosync.Refusal as refusal:
-        sys.exit(f"agent: the state directory {directory} cannot be opened: {refusal}")
-
-
 def link_of(arguments: argparse.Namespace) -> tuple[Link, Path]:
     """Return the link that *arguments* ask for, and the folder of the agents' locks."""
     try:
         if not arguments.server:
-            return open_folder(Path(arguments.state), arguments.poll), Path(arguments.state, "agents")
+            return FolderLink(Path(arguments.state), arguments.poll), Path(arguments.state, "agents")
         if not re.match(r"https?://", arguments.server):
             sys.exit(f"agent: --server wants a URL, such as http://{arguments.server}")
         token = os.environ.get("KIROSYNC_TOKEN", "")
@@ -851,11 +844,14 @@ def link_of(arguments: argparse.Namespace) -> tuple[Link, Path]:
         sys.exit(
             f"agent: {error.name} is missing: --state needs kirosync.py and its packages beside it, --server urllib3"
         )
+    except Unreachable as error:
+        sys.exit(f"agent: {error}")
     except OSError as error:
         sys.exit(f"agent: {explain(error)}")
 
 
-def main() -> None:
+def arguments_of() -> argparse.Namespace:
+    """Return what argv says, and the environment where it is silent."""
     shown = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(
         "agent.py", description="Executes the commands of kirosync.", formatter_class=shown
@@ -873,9 +869,14 @@ def main() -> None:
     parser.add_argument("--poll", type=float, default=POLL_S, help="seconds between looks at the state directory")
     parser.add_argument("--execute", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.name = arguments.name or (f"{host}-remote" if arguments.server else host)
+    return arguments
+
+
+def main() -> None:
+    arguments = arguments_of()
     if arguments.execute:
         return execute_here()
-    arguments.name = arguments.name or (f"{host}-remote" if arguments.server else host)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s [%(process)d] %(levelname)s %(message)s")
     link, folder = link_of(arguments)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

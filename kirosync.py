@@ -353,6 +353,11 @@ def is_name(name: str) -> bool:
         return False
 
 
+def without(record: Record, *names: str) -> Record:
+    """Return *record* less the fields of these *names*."""
+    return {key: value for key, value in record.items() if key not in names}
+
+
 def canonical(value: Any) -> bytes:
     """Return bytes that are equal for equal values, whatever the order of their keys."""
     return msgspec.json.encode(value, order="deterministic")
@@ -482,7 +487,7 @@ def bury(record: Record, grave: Record | None, before: int, whole: bool) -> Reco
     """
     before = max(before, (grave or {}).get("deletedBefore", 0))
     if "messages" not in record:
-        kept = record if whole else {key: value for key, value in record.items() if key != "content"}
+        kept = record if whole else without(record, "content")
         return {**kept, "deletedBefore": max(before, record.get("timestamp", before))}
     dead = [message for message in record["messages"] if whole or message["timestamp"] > before]
     return {**record, "messages": merge_messages((grave or {}).get("messages", []), dead)[0], "deletedBefore": before}
@@ -542,7 +547,7 @@ def advance(command: Record, patch: Record, now: int) -> Record:
     kirosync.Conflict: c is completed and cannot become processing
     """
     was, status = command["status"], patch.get("status", command["status"])
-    told = {key: value for key, value in patch.items() if key != "lease" and key not in TIMES}
+    told = without(patch, "lease", *TIMES)
     if was in ENDED and all(key in command and command[key] == told[key] for key in told):
         return command
     if was in ENDED or status not in NEXT[was] | {was}:
@@ -565,8 +570,7 @@ def advance(command: Record, patch: Record, now: int) -> Record:
 
 def requeue(command: Record, now: int) -> Record:
     """Return a claimed *command* as it goes back to the queue, for its next attempt."""
-    held = ("agent", "claim", "startedAt", "leaseUntil")
-    kept = {key: value for key, value in command.items() if key not in held}
+    kept = without(command, "agent", "claim", "startedAt", "leaseUntil")
     return {**kept, "status": "pending", "attempt": command.get("attempt", 1) + 1, "updatedAt": now}
 
 
@@ -646,8 +650,8 @@ def merge_command(mine: Record | None, theirs: Record, now: int) -> Record:
         created = min(theirs.get("createdAt", now), now)
         stamped = {**theirs, "createdAt": created, "updatedAt": min(theirs.get("updatedAt", created), now)}
         if stamped["status"] == "processing":  # elsewhere: its report is waited for, for as long as it may run
-            own = ("leaseUntil", "retryable", "agent", "claim")  # no agent of ours is to take it up
-            return {key: value for key, value in stamped.items() if key not in own} | {"startedAt": now}
+            taken = without(stamped, "leaseUntil", "retryable", "agent", "claim")  # by no agent of ours
+            return {**taken, "startedAt": now}
         return overdue(stamped, now) if stamped["status"] == "pending" else stamped
     if theirs["status"] in (mine["status"], "pending") or mine["status"] in ENDED:
         return mine
@@ -666,7 +670,7 @@ def from_hand(kind: str, found: Record, edited: int, now: int) -> Record:
     >>> from_hand("documents", {"id": "d", "content": "by hand", "timestamp": 1}, edited=7, now=8)["timestamp"]
     7
     """
-    found = {key: value for key, value in found.items() if key != "deletedBefore"}  # brought back from deleted/
+    found = without(found, "deletedBefore")  # brought back from deleted/
     if kind == "documents":
         return {**found, "timestamp": max(found.get("timestamp", edited), min(edited, now))}
     if kind == "commands" and "status" not in found:
@@ -717,7 +721,7 @@ class Entry(NamedTuple):
         """Return ``wire`` less the messages that have not changed after revision *since*."""
         if since == 0 or not self.wire.startswith(b"["):
             return self.wire
-        messages = msgspec.json.decode(self.wire, type=list[msgspec.Raw])
+        messages = messages_of(self.wire)
         changed = zip(messages, self.revisions(len(messages)), strict=True)
         return b"[" + b",".join(message for message, revision in changed if revision > since) + b"]"
 
@@ -769,6 +773,18 @@ def pack(revisions: list[int]) -> str:
     return " ".join(str(revision) if times == 1 else f"{revision}*{times}" for revision, times in runs)
 
 
+def encoded(kind: str, record: Record) -> tuple[bytes, Record]:
+    """Return what an entry knows of a *record* without id and revision: ``wire`` and ``more``."""
+    if kind == "conversations":
+        return msgspec.json.encode(record["messages"]), without(record, "messages")
+    return msgspec.json.encode(record), {}
+
+
+def messages_of(wire: bytes) -> list[bytes]:
+    """Return the encoded messages of a conversation, one by one."""
+    return [bytes(message) for message in msgspec.json.decode(wire, type=list[msgspec.Raw])]
+
+
 def lay_out(identity: str, revision: int, wire: bytes, more: Record) -> bytes:
     """Return the file of a record: indented, id and revision first, a newline at the end."""
     head = msgspec.json.encode({"id": identity, "revision": revision})[:-1]
@@ -779,11 +795,11 @@ def lay_out(identity: str, revision: int, wire: bytes, more: Record) -> bytes:
     return text
 
 
-def last_changed(messages: list[bytes], revision: int, known: Entry | None) -> str:
-    """Return, packed, the revision at which each of *messages* last changed: the known one's, or *revision*."""
-    old = [bytes(message) for message in msgspec.json.decode(known.wire, type=list[msgspec.Raw])] if known else []
+def last_changed(wire: bytes, revision: int, known: Entry | None) -> str:
+    """Return, packed, the revision at which each message of *wire* last changed: the known one's, or *revision*."""
+    old = messages_of(known.wire) if known else []
     when = dict(zip(old, known.revisions(len(old)), strict=True)) if known else {}
-    return pack([when.get(message, revision) for message in messages])
+    return pack([when.get(message, revision) for message in messages_of(wire)])
 
 
 def without_waiting(path: str, flags: int) -> int:
@@ -821,11 +837,7 @@ def read_record(kind: str, name: str, path: Path) -> tuple[Entry, Record]:
         check(FOUND[kind], record, "")
     except Malformed as error:
         raise Unreadable(str(error)) from None
-    if kind != "conversations":
-        wire, more = msgspec.json.encode(record), {}
-    else:
-        wire, more = msgspec.json.encode(record["messages"]), {k: v for k, v in record.items() if k != "messages"}
-    return Entry(revision, zlib.crc32(raw), stamp, wire, more), {"id": identity, **record}
+    return Entry(revision, zlib.crc32(raw), stamp, *encoded(kind, record)), {"id": identity, **record}
 
 
 class Watch:
@@ -909,17 +921,12 @@ class Pen:
     def put(self, kind: str, identity: str, record: Record) -> None:
         """Make *record* what its id stands for. One that is as it was is no change."""
         known = self._entry(kind, identity)
-        fields = {key: value for key, value in record.items() if key not in ("id", "revision")}
-        if kind == "conversations":
-            fields.pop("revisions", None)
-            messages = [msgspec.json.encode(message) for message in fields.pop("messages")]
-            wire, more = b"[" + b",".join(messages) + b"]", fields
-        else:
-            wire, more = msgspec.json.encode(fields), {}
+        own = ("id", "revision", "revisions") if kind == "conversations" else ("id", "revision")
+        wire, more = encoded(kind, without(record, *own))
         if known and wire == known.wire and more.items() <= known.more.items():
             return
         if kind == "conversations":
-            more = {"revisions": last_changed(messages, self.revision + 1, known), **fields}
+            more = {"revisions": last_changed(wire, self.revision + 1, known), **more}
         text = lay_out(identity, self.revision + 1, wire, more)
         crc = zlib.crc32(text)
         self._enter(kind, identity, "put", crc)
@@ -931,7 +938,7 @@ class Pen:
         """Leave a tombstone (see bury) in place of the record; nothing as old as *before* (ms) comes back."""
         record = self.get(kind, identity) or ({"messages": []} if kind == "conversations" else {})
         grave = bury(record, self.grave(kind, identity), before, whole)
-        wire = msgspec.json.encode({key: value for key, value in grave.items() if key not in ("id", "revisions")})
+        wire = msgspec.json.encode(without(grave, "id", "revisions"))
         self._enter(kind, identity, "delete")
         self.entries[kind, identity] = None
         self.files.pop(self.store.path(kind, identity), None)
@@ -977,7 +984,7 @@ class Pen:
         identity = urllib.parse.unquote(name)
         if not is_name(name):
             return self._turn_away(kind, name, "the name of this file is not as kirosync would write it")
-        known, before = self._staged(kind, identity), self.entries.copy()
+        staged, known = (kind, identity) in self.entries, self._staged(kind, identity)
         self.entries[kind, identity] = known
         try:
             entry, found = read_record(kind, name, path)
@@ -987,10 +994,10 @@ class Pen:
             log.info("%s/%s was removed by hand", kind, name)
             return self.delete(kind, identity, self.now, whole=False)  # who makes room is to have it
         except (Unreadable, Malformed) as reason:
-            if patient and self.store.postpone(kind, name, self.now):
-                self.entries = before  # not looked at yet: whoever writes meanwhile is to look
-            else:
+            if not (patient and self.store.postpone(kind, name, self.now)):
                 self._quarantine(kind, name, str(reason))
+            elif not staged:
+                del self.entries[kind, identity]  # not looked at yet: whoever writes meanwhile is to look
             return
         if known and entry.crc == known.crc:
             self.store.entries[kind][identity] = self.entries[kind, identity] = known._replace(stamp=entry.stamp)
@@ -1007,12 +1014,10 @@ class Pen:
             merged, losers = merge_messages([], record["messages"])
             self.keep(kind, identity, losers)
             record = {**record, "messages": merged}
-        if kind == "conversations" and (
-            not old or merge_messages(old["messages"], record["messages"])[0] != record["messages"]
-        ):
-            lost = [message for message in old["messages"] if message not in record["messages"]] if old else []
-            self.entries[kind, identity] = known and known._replace(wire=msgspec.json.encode(lost))
-            self.delete(kind, identity, 0)
+            if not old or merge_messages(old["messages"], merged)[0] != merged:
+                lost = [message for message in old["messages"] if message not in merged] if old else []
+                self.entries[kind, identity] = known and known._replace(wire=msgspec.json.encode(lost))
+                self.delete(kind, identity, 0)
         self.entries[kind, identity] = None
         self.put(kind, identity, record)
 
@@ -1664,6 +1669,12 @@ OWN_FIELDS = {"id", "revision"}  # of every record; on the wire the key says the
 SET_LATER = {*OWN_FIELDS, "result", "error", "outcome", "agent", "attempt", "startedAt", "endedAt", "leaseUntil"}
 
 
+def refuse_own(own: set[str], record: Record, where: str = "") -> None:
+    """Raise Malformed if *record* has a field that is the service's *own*."""
+    if taken := own & record.keys():
+        raise Malformed(f"{where}{min(taken)}", "is set by the service; send it under another name")
+
+
 def check_push(push: Record) -> Record:
     """Return *push* if every record in it is well formed; raise Malformed naming the record and the field."""
     check(PUSH, push, "")
@@ -1672,8 +1683,8 @@ def check_push(push: Record) -> Record:
             where = f"{kind}.{identity[:ID_CHARACTERS]}"
             check_id(identity, where)
             check({"conversations": MESSAGES, "documents": DOCUMENT, "commands": COMMAND}[kind], record, where)
-            if kind == "documents" and (own := OWN_FIELDS & record.keys()):
-                raise Malformed(f"{where}.{min(own)}", "is set by the service; send it under another name")
+            if kind == "documents":
+                refuse_own(OWN_FIELDS, record, f"{where}.")
             if kind == "commands" and record["status"] == "pending":
                 check_command(record, where)
     return push
@@ -1942,8 +1953,7 @@ class Service:
     def post_command(self) -> Any:
         """Queue a command: {"commandId", "status": "pending"}. ?wait=SECONDS answers when it has ended."""
         order = check_command(self.body())
-        if own := SET_LATER & order.keys():
-            raise Malformed(min(own), "is set by the service; send it under another name")
+        refuse_own(SET_LATER, order)
         seconds = self.seconds()
 
         def queue(pen: Pen) -> str:
@@ -1952,10 +1962,10 @@ class Service:
             return identity
 
         identity = self.store.change(queue)
-        self.hold(lambda: self.status_of(identity) in ENDED, seconds)
+        self.hold_until_ended(identity, seconds)
         entry = self.store.get("commands", identity)
         shown = entry.record(identity) if entry and seconds else {"status": "pending"}
-        return {"commandId": identity, **{key: value for key, value in shown.items() if key != "id"}}
+        return {"commandId": identity, **without(shown, "id")}
 
     def get_commands(self) -> Record:
         """{"commands": {id: command}}, the latest first. ?status=, ?type= and ?limit= (100) choose."""
@@ -1974,7 +1984,7 @@ class Service:
 
     def get_command(self, identity: str) -> bytes:
         """The command as it stands. ?wait=SECONDS answers when it has ended, or with its state by then."""
-        self.hold(lambda: self.status_of(identity) in ENDED, self.seconds())
+        self.hold_until_ended(identity, self.seconds())
         return existing("commands", self.store.get("commands", identity)).wire
 
     def patch_command(self, identity: str) -> Record:
@@ -1986,7 +1996,7 @@ class Service:
         """
         patch = self.body()
         changed = self.store.change(lambda pen: report(pen, identity, patch))
-        return {key: value for key, value in changed.items() if key != "id"}
+        return without(changed, "id")
 
     def delete(self, kind: str, identity: str) -> Record:
         """Remove a conversation, a document, or a command that is not running.
@@ -2003,9 +2013,14 @@ class Service:
         self.store.change(remove)
         return {"deleted": identity}
 
-    def status_of(self, identity: str) -> str | None:
-        entry = self.store.get("commands", identity)
-        return entry.status() if entry else "failed"
+    def hold_until_ended(self, identity: str, seconds: float) -> None:
+        """Return when the command has ended, or is not there; or after *seconds*."""
+
+        def ended() -> bool:
+            entry = self.store.get("commands", identity)
+            return entry is None or entry.status() in ENDED
+
+        self.hold(ended, seconds)
 
     def sweep(self) -> None:
         """End the commands that are overdue, as they become so, until the store is closed."""
