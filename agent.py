@@ -9,7 +9,12 @@ It reaches the queue over a link: the state directory itself (--state, which nee
 dependencies beside it, and works while the service is down), or the service (--server, from any machine).
 It polls; an idle agent costs a few stat calls a second, or one held request.
 
-    Executors   what a command does: a table {type: function}; a function takes the command and returns the result
+Every command runs in a process of its own, below a supervisor that a fork server has forked: all that the
+command starts can be ended with it, wherever it hides, and nothing of it outlives an agent that was killed.
+
+    Children    how a process is started, and ended with all that it has started
+    Executors   what a command does: a table {type: function}; a function takes the run and returns the result
+    Policy      what this agent does at all, what it refuses, and what it asks a human for first
     Links       where commands come from and reports go to: changes(seconds), report(id, patch)
     Loop        one turn: see what is new, queue it for the workers, renew what is running
     Main        argv, the environment, signals
@@ -24,56 +29,77 @@ import ctypes
 import difflib
 import fcntl
 import fnmatch
+import gc
 import hashlib
+import heapq
 import itertools
 import json
 import logging
 import os
 import re
 import secrets
+import select
 import selectors
 import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+import tomllib
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, NoReturn, Protocol
+from urllib.parse import quote
 
 log = logging.getLogger("agent")
 Record = dict[str, Any]
 
 STREAM_BYTES = 256 << 10  # of stdout and of stderr that a result holds: head and tail
-ANSWER_BYTES = 16 << 20  # of what an executor in a process of its own may answer
+OUTPUT_BYTES = 64 << 20  # of each that is kept in a file
+PIPE_BYTES = 256 << 10  # between a child and us: it need not wait for us so often
+PIECE_BYTES = 1 << 20  # of output that is sent to the service at once
+ANSWER_BYTES = 16 << 20  # of what an executor may answer
 READ_BYTES = 8 << 20  # of a file that a result holds, unless it asks for less
 ENTRIES = 10_000  # of a directory that a result holds
 MATCHES = 1_000  # of a search that a result holds
 LINE_CHARACTERS = 1_000  # of a line that a match shows
 SEARCH_BYTES = 8 << 20  # larger files are no source code
-IN_PROCESS_S = {"code_search": 60.0}  # takes no longer, unless it says so
 RUN_S = 3600.0  # a command takes no longer, unless it says so
+FILES_S = 60.0  # nor does work with files
+LONGEST_S = 7 * 24 * 3600.0  # whatever it says
 STEPS = ((0.0, signal.SIGINT), (2.0, signal.SIGTERM), (7.0, signal.SIGKILL))  # s after the wish to end it
+STRAY_S = 0.4  # between the steps for those whom the child has left behind
+GIVE_UP_S = 5.0  # after the last step: what is left then cannot be ended
+ENDING_POLL_S = 0.02  # between looks whether all have gone that were to end
 DRAIN_S = 0.2  # for output to arrive after the command ended; a child left behind may hold the pipe for ever
-NOTICE_S = 0.25  # between looks whether a running command is to end
 LEASE_S = 45.0  # a claim that is not renewed for so long is lost
 POLL_S = 0.02  # between looks at the folder
+CARRY_S = 0.05  # between looks for output to send, and input to fetch
 HOLD_S = 25.0  # a request that waits for news
 PAUSE_S = 0.5  # before asking again a service that did not hold us
 RETRY_S = 5.0  # the longest pause before trying to reach the service again; a lease must outlast it
 STOP_S = 5.0  # for running commands when the agent is told to stop; then as long for their reports
+STOP_POLL_S = 0.05  # between looks whether they have ended
+ANSWER_S = 600.0  # for a human's yes to come, and to be used
+ASK_S = 1.0  # between looks whether a human has answered
+PROMPT_CHARACTERS = 4000  # of a command that a human is shown
+END_OF_INPUT = b"\x04"  # as one types it at a terminal
 OPEN = ("pending", "processing")
 CLAIM = {"status": "processing", "lease": LEASE_S}  # and again, to renew it
 
 
-# ---------------------------------------------------------------------------------------- Executors
-# What a command does. Each takes the command and a way to know that it is to end, and returns the result.
+# ---------------------------------------------------------------------------------------- Children
+# How a process is started, and ended with all that it has started.
 
 
 class Failed(Exception):
@@ -84,12 +110,204 @@ class Failed(Exception):
         self.outcome, self.result = outcome, result
 
 
-class Excerpt:
-    """The head and the tail of a stream, and how long it was."""
+LIBC = ctypes.CDLL(None)
+PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36  # prctl(2)
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.size = limit, 0
+
+class ForkServer:
+    """A process forked while the agent is small and has one thread, which forks a supervisor for each child."""
+
+    def __init__(self) -> None:
+        self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if os.fork() == 0:
+            self.line.close()
+            serve_forks(theirs)
+        theirs.close()
+
+    def close(self) -> None:
+        self.line.close()
+
+    def start(self, order: Record, streams: Iterable[int]) -> socket.socket:
+        """Start what *order* says (see begin) on three *streams*; return the line to its supervisor (see supervise)."""
+        line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs, open(os.memfd_create("order"), "wb") as paper:
+            paper.write(json.dumps(order).encode())
+            paper.flush()
+            try:
+                socket.send_fds(self.line, [b"."], [paper.fileno(), theirs.fileno(), *streams])
+            except OSError:
+                line.close()
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise Failed("the agent's fork server is gone: the agent stops; start it again") from None
+        return line
+
+
+def serve_forks(line: socket.socket) -> NoReturn:
+    """Fork a supervisor for each message, until the agent is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):  # the first two are for the agent to heed
+        signal.signal(number, signal.SIG_IGN)
+    os.setsid()
+    for name in os.environ.keys() - public_environment().keys():
+        del os.environ[name]
+    gc.freeze()
+    while fds := socket.recv_fds(line, 1, 5)[1]:
+        try:
+            if os.fork() == 0:
+                line.close()
+                supervise(*fds)
+        except OSError as error:
+            os.write(fds[1], json.dumps({"error": f"no process can be started: {error.strerror}"}).encode())
+        for fd in fds:
+            os.close(fd)
+    os._exit(0)
+
+
+def public_environment() -> dict[str, str]:
+    """Return the environment without what belongs to the service, its token above all."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("KIROSYNC_")}
+
+
+def supervise(paper: int, line_fd: int, *streams: int) -> NoReturn:
+    """Be the process between the agent and one child, which adopts whatever the child's children leave behind.
+
+    Over the line it is told to end the child by any message, and to kill it by the silence of an agent that
+    died; it says once how the child ended: {"code": exit code, "ended": whether it was told to, "left": [pids
+    that could not be killed]}, or {"error"}. What a child that ends by itself leaves behind lives on.
+    """
+    line = socket.socket(fileno=line_fd)
+    try:
+        LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)
+        ear, mouth = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+        for number in (
+            signal.SIGCHLD,
+            signal.SIGINT,
+            signal.SIGTERM,
+        ):  # heard or not; what is ignored stays so in a child
+            signal.signal(number, lambda *_: None)
+        with open(paper) as order:
+            order.seek(0)
+            child = begin(json.load(order), streams)
+        for fd in streams:
+            os.close(fd)
+        said = attend(child, line, ear)
+    except OSError as error:
+        said = {"error": explain(error)}
+    except ValueError as error:  # a NUL byte in the command
+        said = {"error": str(error)}
+    with contextlib.suppress(OSError):  # nobody is left to hear it
+        line.send(json.dumps(said).encode())
+    os._exit(0)
+
+
+def begin(order: Record, streams: tuple[int, ...]) -> int:
+    """Start {argv, cwd, env, pty}, or {command, roots} for an executor of ours; return the number of the process."""
+    if "argv" in order:
+        stdin, stdout, stderr = streams
+        child = subprocess.Popen(
+            order["argv"],
+            cwd=order["cwd"],
+            env=order["env"],
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+            preexec_fn=own_terminal if order["pty"] else None,  # noqa: PLW1509  there is one thread
+        )
+        child.returncode = 0  # else it would take note of the end itself, when it is collected
+        return child.pid
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for place, fd in enumerate(streams):
+            os.dup2(fd, place)
+        execute_here(**order)
+    return pid
+
+
+def own_terminal() -> None:
+    fcntl.ioctl(1, termios.TIOCSCTTY, 0)
+
+
+def attend(child: int, line: socket.socket, ear: int) -> Record:
+    """Wait until *child* has ended, or until a word or silence on the *line* says that it is to end."""
+    code = None
+    while code is None:
+        heard: list[Any] = select.select([line.fileno(), ear], [], [])[0]
+        code = reap(child, code, ear)
+        if code is None and line.fileno() in heard:
+            return end_tree(child, STEPS if line.recv(1) else STEPS[-1:], line, ear)
+    return {"code": code, "ended": False}
+
+
+def end_tree(child: int, steps: Sequence[tuple[float, int]], line: socket.socket, ear: int) -> Record:
+    """Signal all that came of *child*, step by step, until nothing is left of it or nothing helps."""
+    begun = time.monotonic()
+    due = [(begun + after - steps[0][0], number) for after, number in steps]
+    last, code, alone, heeded = due[-1][0] + GIVE_UP_S, None, False, [line.fileno(), ear]
+    while (tree := descendants() or descendants()) and (now := time.monotonic()) < last:
+        if now >= due[0][0]:
+            signal_all(tree, due[0][1])
+            due = due[1:] or due  # the last one again and again: what is killed may have forked meanwhile
+        if code is not None and not alone:
+            alone, sooner = True, max(0.0, due[0][0] - now - STRAY_S)
+            due = [(moment - sooner, number) for moment, number in due]
+        if line.fileno() in select.select(heeded, [], [], ENDING_POLL_S)[0] and not line.recv(1):
+            heeded, due = [ear], [(now, STEPS[-1][1])]
+        code = reap(child, code, ear)
+    code = reap(child, code, ear)
+    return {"code": -signal.SIGKILL if code is None else code, "ended": True, "left": tree}
+
+
+def reap(child: int, code: int | None, ear: int) -> int | None:
+    """Take note of all that have ended; return the exit code of *child*, if it has one by now."""
+    with contextlib.suppress(BlockingIOError):
+        os.read(ear, 1 << 12)
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            code = os.waitstatus_to_exitcode(ended[1]) if ended[0] == child else code
+    return code
+
+
+def descendants() -> list[int]:
+    """Return the processes below this one, whatever session or group they have moved to."""
+    below: dict[int, list[int]] = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            state, parent = Path("/proc", name, "stat").read_bytes().rpartition(b") ")[2].split()[:2]
+            if state not in (b"Z", b"X"):
+                below.setdefault(int(parent), []).append(int(name))
+    found = below.get(os.getpid(), [])
+    for process in found:
+        found += below.get(process, [])
+    return found
+
+
+def signal_all(processes: Iterable[int], number: int) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # gone, or become another user's
+            os.kill(process, number)
+
+
+def explain(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+
+
+# ---------------------------------------------------------------------------------------- Executors
+# What a command does: a table {type: function}. All work is done by children, so that each can be ended.
+
+
+class Capture:
+    """What a child writes to one stream: head and tail for the result, and all of it, up to a limit, in a file."""
+
+    def __init__(self, limit: int, path: Path | None = None) -> None:
+        self.limit, self.size, self.path = limit, 0, path
         self.head, self.tail = bytearray(), bytearray()
+        self.fd, self.room = -1, 0
 
     def add(self, piece: bytes) -> None:
         self.size += len(piece)
@@ -98,6 +316,28 @@ class Excerpt:
         self.tail += piece[room:]
         if len(self.tail) > self.limit:
             del self.tail[: -self.limit // 2]
+        if self.path:
+            self.write(piece)
+
+    def write(self, piece: bytes) -> None:
+        """Append *piece* to the file as far as there is room; a full disk is no reason to end the command."""
+        try:
+            if self.fd < 0 and self.path:
+                self.fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+                self.room = OUTPUT_BYTES - os.fstat(self.fd).st_size
+            while self.room > 0 and piece:
+                written = os.write(self.fd, piece[: self.room])
+                piece, self.room = piece[written:], self.room - written
+        except OSError as error:
+            log.warning("%s: the output is kept no further: %s", self.path, error.strerror)
+            self.room = 0
+
+    def close(self) -> None:
+        """Let go of the file, which is made durable if the result does not hold all that is in it."""
+        if self.fd >= 0:
+            with contextlib.suppress(OSError):
+                os.fsync(self.fd) if self.left_out else None
+            os.close(self.fd)
 
     @property
     def left_out(self) -> int:
@@ -109,74 +349,150 @@ class Excerpt:
         return (bytes(self.head) + gap + tail).decode("utf-8", "replace")
 
 
+class Run:
+    """A command that this agent has taken: from being seen until its end is reported."""
+
+    def __init__(self, command: Record, forks: ForkServer, roots: Sequence[str] = ()) -> None:
+        self.identity, self.command, self.forks, self.roots = command["id"], command, forks, roots
+        self.held: Record = {}  # what every report of it says: agent, claim, attempt
+        self.again: Record | None = None  # the command, if it was seen pending meanwhile
+        self.paths: dict[str, Path] = {}  # of the files that its output goes to, by stream
+        self.stdin = -1  # through which its child is written to; the courier's
+        self.typed, self.closed = 0, False  # how much was sent to its stdin, and whether that is all
+        self.line: socket.socket | None = None  # to the supervisor of its child
+        self.why = ""  # it is to end: one of WHY
+        self.over = threading.Event()  # the child has ended
+
+    def see(self, command: Record) -> None:
+        """Take note of what others want of it."""
+        self.typed = max(self.typed, command.get("inputSize", 0))
+        self.closed = self.closed or command.get("inputClosed", False)
+        if command.get("cancelRequested"):
+            self.end("cancelled")
+
+    def end(self, why: str) -> None:
+        """Have it end, and say *why*; at any time, and more than once."""
+        self.why = self.why or why
+        if line := self.line:
+            with contextlib.suppress(OSError):  # it has ended
+                line.send(b"end")
+
+
+WHY = {  # a command was ended: the outcome, and what to say
+    "timeout": ("timeout", "timed out after {timeout:g} s and was ended"),
+    "cancelled": ("cancelled", "cancelled on request"),
+    "stopped": ("cancelled", "the agent was stopped"),
+    "given up": ("cancelled", "it is this agent's no longer: it was removed, or given up as lost"),
+}
+
+
 class Ended(NamedTuple):
-    """How a child ended: its exit code as a shell tells it, why it was ended if it was, and what it wrote."""
+    """How a child ended: its exit code as a shell tells it, and why it was ended if it was."""
 
     code: int
     why: str
-    stdout: Excerpt
-    stderr: Excerpt
+    left: list[int]  # processes that could not be ended
     milliseconds: int
 
+    def failure(self, command: Record, result: Any = None) -> Failed:
+        outcome, said = WHY[self.why]
+        left = f"; these processes could not be ended: {self.left}" if self.left else ""
+        return Failed(said.format(timeout=command["timeout"]) + left, outcome, result)
 
-def run_child(
-    argv: list[str], command: Record, ending: threading.Event, limit: int, given: IO[bytes] | None = None
-) -> Ended:
-    """Run *argv* as *command* says (workingDir, env, timeout) until it ends, or *ending* is set."""
+
+def run_child(run: Run, order: Record, streams: dict[str, Capture]) -> Ended:
+    """Have the child that *order* says (see begin) run, and collect its *streams*, until it has ended or is ended."""
     started = time.monotonic()
-    child = subprocess.Popen(
-        argv,
-        cwd=folder_of(command),
-        env={**public_environment(), **command.get("env", {})},
-        stdin=given or subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+    ours, theirs = plumb(run.command)
     try:
-        streams = {child.stdout: Excerpt(limit), child.stderr: Excerpt(limit)}
-        why = attend(child, streams, started + float(command.get("timeout", RUN_S)), ending)
+        line = run.forks.start(order, theirs)
     finally:
-        for stream in (child.stdout, child.stderr):
-            if stream:
-                stream.close()
-    code = child.wait()  # only now: until it is waited for, its number is its own, and so is the group's
-    spent = round((time.monotonic() - started) * 1000)
-    return Ended(128 - code if code < 0 else code, why, streams[child.stdout], streams[child.stderr], spent)
+        for fd in set(theirs):
+            os.close(fd)
+    try:
+        run.line, run.stdin = line, ours.pop("stdin", -1)
+        if run.why:
+            run.end(run.why)
+        said = collect(run, line, {fd: streams[name] for name, fd in ours.items()}, started)
+    finally:
+        run.line = None
+        run.over.set()
+        line.close()
+        for fd in ours.values():
+            os.close(fd)
+        for stream in streams.values():
+            stream.close()
+    if "error" in said:
+        raise Failed(said["error"], said.get("outcome", "error"))
+    code, why = said["code"], run.why if said["ended"] else ""
+    return Ended(
+        128 - code if code < 0 else code, why, said.get("left", []), round((time.monotonic() - started) * 1000)
+    )
 
 
-def attend(
-    child: subprocess.Popen[bytes], streams: dict[IO[bytes] | None, Excerpt], until: float, ending: threading.Event
-) -> str:
-    """Collect what *child* writes until it has ended; return why it was ended, "" if it ended by itself."""
-    why, steps, last = "", list(STEPS), float("inf")
-    exited = os.pidfd_open(child.pid)
+def plumb(command: Record) -> tuple[dict[str, int], tuple[int, int, int]]:
+    """Return our ends of a child's streams, by name, and its own three: of pipes, or of a terminal."""
+    typed = command.get("stdin", False)
+    if command.get("pty"):
+        ours, own = os.openpty()
+        fcntl.ioctl(
+            own, termios.TIOCSWINSZ, struct.pack("4H", command.get("rows", 24), command.get("columns", 80), 0, 0)
+        )
+        asked = os.dup(own) if typed else os.open(os.devnull, os.O_RDONLY)
+        os.set_blocking(ours, False)
+        return {"stdout": ours, **({"stdin": os.dup(ours)} if typed else {})}, (asked, own, own)
+    asked, typing = typing_pipe() if typed else (os.open(os.devnull, os.O_RDONLY), -1)
+    (out, own_out), (err, own_err) = wide_pipe(), wide_pipe()
+    return {"stdout": out, "stderr": err, **({"stdin": typing} if typed else {})}, (asked, own_out, own_err)
+
+
+def typing_pipe() -> tuple[int, int]:
+    ends = os.pipe()
+    os.set_blocking(ends[1], False)
+    return ends
+
+
+def wide_pipe() -> tuple[int, int]:
+    ends = os.pipe()
+    with contextlib.suppress(OSError):  # a user may have so many of them only
+        fcntl.fcntl(ends[0], fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    return ends
+
+
+def collect(run: Run, line: socket.socket, captures: dict[int, Capture], started: float) -> Record:
+    """Add what arrives to *captures* until the child has ended; return what its supervisor said (see supervise)."""
+    said, until, last = UNSUPERVISED, started + run.command["timeout"], float("inf")
     with selectors.DefaultSelector() as selector:
-        for stream in (exited, *streams):
-            selector.register(stream, selectors.EVENT_READ)  # type: ignore[arg-type]
-        while selector.get_map() and time.monotonic() < last:
-            for key, _ in selector.select(min(NOTICE_S, max(0.0, last - time.monotonic()))):
-                if key.fileobj == exited:
-                    last = time.monotonic() + DRAIN_S
-                    selector.unregister(exited)
-                elif piece := os.read(key.fd, 1 << 16):
-                    streams[key.fileobj].add(piece)  # type: ignore[index]
-                else:
-                    selector.unregister(key.fileobj)
-            now, running = time.monotonic(), last == float("inf")
-            if running and not why and (ending.is_set() or now >= until):
-                why, until = "cancelled" if ending.is_set() else "timeout", now
-            while running and why and steps and now >= until + steps[0][0]:
-                os.killpg(child.pid, steps.pop(0)[1])
-    os.close(exited)
-    if why:  # whom the leader of the group has left behind
-        os.killpg(child.pid, signal.SIGKILL)
-    return why
+        for fd in (line.fileno(), *captures):
+            selector.register(fd, selectors.EVENT_READ)
+        while selector.get_map() and (now := time.monotonic()) < last:
+            limit = min(until, last) - now
+            for key, _ in selector.select(None if limit == float("inf") else max(0.0, limit)):
+                piece = read_some(key.fd)
+                if key.fd == line.fileno():
+                    said = json.loads(piece) if piece else said
+                    last, until = time.monotonic() + DRAIN_S, float("inf")
+                elif piece:
+                    captures[key.fd].add(piece)
+                if key.fd == line.fileno() or piece == b"":
+                    selector.unregister(key.fd)
+            if time.monotonic() >= until:
+                until = float("inf")
+                run.end("timeout")
+    return said
 
 
-def public_environment() -> dict[str, str]:
-    """Return the environment without what belongs to the service, its token above all."""
-    return {key: value for key, value in os.environ.items() if not key.startswith("KIROSYNC_")}
+UNSUPERVISED: Record = {"error": "the process that watched over it is gone; how it ended is unknown", "outcome": "lost"}
+
+
+def read_some(fd: int) -> bytes | None:
+    """Return what has arrived: b"" if nothing more will, None if there is nothing yet."""
+    try:
+        return os.read(fd, PIPE_BYTES)
+    except BlockingIOError:
+        return None
+    except OSError:  # a terminal that nobody has open any more
+        return b""
 
 
 def folder_of(command: Record) -> Path:
@@ -190,73 +506,109 @@ def path_of(command: Record, default: str = "") -> Path:
     return folder_of(command) / Path(command.get("path", default)).expanduser()
 
 
-def execute_bash(command: Record, ending: threading.Event) -> Record:
+def execute_bash(run: Run) -> Record:
     """Run a command line; {stdout, stderr, exitCode, durationMs}, and truncated and size where one was cut."""
-    ended = run_child([shutil.which("bash") or "/bin/sh", "-c", command["command"]], command, ending, STREAM_BYTES)
-    result = {"stdout": ended.stdout.text(), "stderr": ended.stderr.text(), "exitCode": ended.code}
-    result["durationMs"] = ended.milliseconds
-    if ended.stdout.left_out or ended.stderr.left_out:
-        result |= {"truncated": True, "size": {"stdout": ended.stdout.size, "stderr": ended.stderr.size}}
+    command, pty = run.command, run.command.get("pty", False)
+    terminal = {"TERM": "xterm-256color"} if pty else {}
+    shell = shutil.which("bash") or "/bin/sh"
+    order: Record = {"argv": [shell, "-c", command["command"]], "cwd": str(folder_of(command))}
+    order |= {"env": {**public_environment(), **terminal, **command.get("env", {})}, "pty": pty}
+    streams = {name: Capture(STREAM_BYTES, run.paths.get(name)) for name in ("stdout", "stderr")}
+    ended = run_child(run, order, streams)
+    result: Record = {name: stream.text() for name, stream in streams.items()}
+    result |= {"exitCode": ended.code, "durationMs": ended.milliseconds}
+    if any(stream.left_out for stream in streams.values()):
+        result |= {"truncated": True, "size": {name: stream.size for name, stream in streams.items()}}
     if ended.why:
-        raise Failed(reason_of(ended.why, command), ended.why, result)
+        raise ended.failure(command, result)
     if ended.code:
         raise Failed(f"exit code {ended.code}", "exit", result)
     return result
 
 
-def reason_of(why: str, command: Record) -> str:
-    timeout = command.get("timeout", RUN_S)
-    return f"timed out after {timeout:g} s and was ended" if why == "timeout" else "the agent was stopped"
-
-
-def in_process(command: Record, ending: threading.Event) -> Any:
-    """Run the executor of *command* in a process of its own: it can be ended, and leaves no memory behind."""
-    limits = {"timeout": IN_PROCESS_S.get(command["type"], RUN_S), **command, "workingDir": "."}
-    with tempfile.TemporaryFile() as given:
-        given.write(json.dumps(command).encode())
-        given.seek(0)
-        argv = [sys.executable, str(Path(__file__).absolute()), "--execute"]
-        ended = run_child(argv, limits, ending, 2 * ANSWER_BYTES, given)
+def in_child(run: Run) -> Any:
+    """Run one of the executors below in a process of its own: it can be ended, and leaves no memory behind."""
+    streams = {"stdout": Capture(2 * ANSWER_BYTES), "stderr": Capture(STREAM_BYTES)}
+    ended = run_child(run, {"command": run.command, "roots": run.roots}, streams)
     if ended.why:
-        raise Failed(reason_of(ended.why, limits), ended.why)
-    if ended.stdout.left_out:
-        raise Failed(f"the answer has {ended.stdout.size} bytes, {ANSWER_BYTES} are possible; ask for less")
+        raise ended.failure(run.command)
+    if streams["stdout"].left_out:
+        raise Failed(f"the answer has {streams['stdout'].size} bytes, {ANSWER_BYTES} are possible; ask for less")
     try:
-        answer = json.loads(ended.stdout.text())
+        answer = json.loads(streams["stdout"].text())
     except ValueError:
-        last = ended.stderr.text().strip().splitlines()[-1:] or [f"exit code {ended.code}"]
-        raise Failed(f"{command['type']} broke off: {last[0]}") from None
+        last = streams["stderr"].text().strip().splitlines()[-1:] or [f"exit code {ended.code}"]
+        raise Failed(f"{run.command['type']} broke off: {last[0]}") from None
     if "error" in answer:
-        raise Failed(answer["error"], result=answer.get("result"))
+        raise Failed(**answer)
     return answer["result"]
 
 
-def execute_here() -> None:
-    """Be the process that in_process() starts: a command on stdin, {"result"} or {"error"} on stdout."""
-    command = json.load(sys.stdin)
+def execute_here(command: Record, roots: list[str]) -> NoReturn:
+    """Be the process that in_child() starts: say {"result"}, or what Failed takes, on stdout."""
     try:
-        answer: Record = {"result": IN_PROCESS[command["type"]](command)}
+        ROOTS[:] = roots
+        os.environ.update(command.get("env", {}))
+        answer: Record = {"result": IN_CHILD[command["type"]](command)}
     except Failed as failure:
-        answer = {"error": str(failure), "result": failure.result}
+        answer = {"error": str(failure), "outcome": failure.outcome, "result": failure.result}
     except OSError as error:
         answer = {"error": explain(error)}
-    json.dump(answer, sys.stdout, default=plain)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    with open(1, "w") as stdout:
+        json.dump(answer, stdout, default=plain)
+        stdout.flush()
+        os._exit(0)
 
 
-def explain(error: OSError) -> str:
-    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+ROOTS: list[str] = []  # set in the child of an executor: outside of these no file is touched; anywhere, if it is empty
+
+
+def reach(path: Path | str) -> int:
+    """Return a descriptor (O_PATH) of what *path* leads to; raise Failed if that is outside of the allowed roots.
+
+    What was opened is checked, not the name: a link that is changed meanwhile leads nowhere else.
+    """
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    real = os.readlink(f"/proc/self/fd/{fd}")
+    if ROOTS and not any(os.path.commonpath([real, root]) == root for root in ROOTS):
+        os.close(fd)
+        raise Failed(f"{path} is outside of what this agent's policy allows: {', '.join(ROOTS)}", "refused")
+    return fd
+
+
+@contextlib.contextmanager
+def inside(folder: Path) -> Iterator[Path]:
+    """Give a name for *folder* that goes on to mean this very one, whatever becomes of the names that led to it."""
+    found = reach(folder)
+    try:
+        fd = os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from None
+    finally:
+        os.close(found)
+    try:
+        yield Path(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
 
 
 def open_file(path: Path) -> BufferedReader:
     """Open a plain file for reading; raise Failed for what would never end."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise Failed(f"{path} is a directory" if path.is_dir() else f"{path} is not a plain file")
-    return open(fd, "rb")
+    found = reach(path)
+    try:
+        if not stat.S_ISREG(mode := os.fstat(found).st_mode):
+            raise Failed(f"{path} is a directory" if stat.S_ISDIR(mode) else f"{path} is not a plain file")
+        return open(f"/proc/self/fd/{found}", "rb")
+    except PermissionError as error:
+        raise PermissionError(error.errno, error.strerror, str(path)) from None
+    finally:
+        os.close(found)
 
 
-def as_text(raw: bytes) -> Record:
+def as_content(raw: bytes) -> Record:
     """Return {content, encoding}: text where it is UTF-8, else base64."""
     try:
         return {"content": raw.decode(), "encoding": "utf-8"}
@@ -264,7 +616,7 @@ def as_text(raw: bytes) -> Record:
         return {"content": base64.b64encode(raw).decode(), "encoding": "base64"}
 
 
-def read_file(command: Record, ending: threading.Event) -> Record:
+def read_file(command: Record) -> Record:
     """Read a file; {content, encoding, size, sha256}, of all or of offset/limit/tail bytes; truncated if cut."""
     with open_file(path_of(command)) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -273,15 +625,36 @@ def read_file(command: Record, ending: threading.Event) -> Record:
         file.seek(offset)
         wanted = min(command.get("limit", size), max(0, size - offset))
         raw = file.read(min(wanted, READ_BYTES))
-    result = {**as_text(raw), "size": size, "sha256": digest}
+    result = {**as_content(raw), "size": size, "sha256": digest}
     return {**result, "truncated": True} if len(raw) < wanted else result
 
 
+def write_file(command: Record) -> Record:
+    """Replace a file, whole or not at all; {bytesWritten, created, sha256}. Mode and owner stay."""
+    path = Path(os.path.realpath(path_of(command)))
+    mode = command.get("mode")
+    if mode is not None and not re.fullmatch(r"(0o?)?[0-7]{3,4}", mode):
+        raise Failed(f"mode: {mode!r} is not octal, such as 644")
+    try:
+        content = command["content"]
+        raw = base64.b64decode(content, validate=True) if command.get("encoding") == "base64" else content.encode()
+    except ValueError:
+        raise Failed("content: is not base64") from None
+    if not path.parent.is_dir():
+        raise Failed(f"{path.parent} does not exist; make it first")
+    with inside(path.parent) as folder, other_writers_waiting(folder):
+        before = present(folder / path.name, path)
+        if "expectedSha256" in command:
+            check_expected(path, before, command["expectedSha256"])
+        whole = (before or b"") + raw if command.get("append") else raw
+        replace(folder / path.name, whole, mode, path)
+    digest = hashlib.sha256(whole).hexdigest()
+    return {"bytesWritten": len(raw), "created": before is None, "sha256": digest}
+
+
 @contextlib.contextmanager
-def writing_in(folder: Path) -> Iterator[None]:
-    """Keep other writers of ours, in this agent and in others, out of *folder*."""
-    if not folder.is_dir():
-        raise Failed(f"{folder} does not exist; make it first")
+def other_writers_waiting(folder: Path) -> Iterator[None]:
+    """Keep other writers of ours, in this agent and in others, out of *folder*; sync it afterwards."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -291,31 +664,21 @@ def writing_in(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def write_file(command: Record, ending: threading.Event) -> Record:
-    """Replace a file, whole or not at all; {bytesWritten, created, sha256}. Mode and owner stay."""
-    path = path_of(command).resolve()
+def present(file: Path, path: Path) -> bytes | None:
+    """Return what *file*, known as *path*, holds, or None if there is none; a link is not followed."""
     try:
-        content = command["content"]
-        raw = base64.b64decode(content, validate=True) if command.get("encoding") == "base64" else content.encode()
-    except ValueError:
-        raise Failed("content: is not base64") from None
-    with writing_in(path.parent):
-        before = present(path)
-        if "expectedSha256" in command:
-            check_expected(path, before, command["expectedSha256"])
-        whole = (before or b"") + raw if command.get("append") else raw
-        replace(path, whole, command.get("mode"))
-    digest = hashlib.sha256(whole).hexdigest()
-    return {"bytesWritten": len(raw), "created": before is None, "sha256": digest}
-
-
-def present(path: Path) -> bytes | None:
-    """Return what the file holds, or None if there is none."""
-    try:
-        with open_file(path) as file:
-            return file.read()
+        with open(
+            file, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+        ) as opened:
+            if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+                raise Failed(f"{path} is not a plain file")
+            return opened.read()
     except FileNotFoundError:
         return None
+    except IsADirectoryError:
+        raise Failed(f"{path} is a directory") from None
+    except OSError as error:
+        raise Failed(f"{path}: {error.strerror}") from None
 
 
 def check_expected(path: Path, before: bytes | None, expected: str | None) -> None:
@@ -325,19 +688,17 @@ def check_expected(path: Path, before: bytes | None, expected: str | None) -> No
         raise Failed(f"{path} is not what was expected: {there}; nothing was written", result={"sha256": actual})
 
 
-def replace(path: Path, content: bytes, mode: str | None) -> None:
-    """Write beside *path*, sync, rename; with *mode* (octal), else the one it had, else that of new files."""
-    if mode is not None and not re.fullmatch(r"(0o?)?[0-7]{3,4}", mode):
-        raise Failed(f"mode: {mode!r} is not octal, such as 644")
+def replace(file: Path, content: bytes, mode: str | None, path: Path) -> None:
+    """Write beside *file*, sync, rename; with *mode* (octal), else the one it had, else that of new files."""
     try:
-        fd, temporary = tempfile.mkstemp(prefix=".kirosync-", dir=path.parent)
+        fd, temporary = tempfile.mkstemp(prefix=".kirosync-", dir=file.parent)
     except OSError as error:
         raise Failed(f"{path}: cannot be written: {error.strerror}") from None
     try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(content)
-            if path.exists():
-                status = path.stat()
+        with os.fdopen(fd, "wb") as written:
+            written.write(content)
+            if file.exists():
+                status = file.stat()
                 os.fchmod(fd, stat.S_IMODE(status.st_mode))
                 if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
                     os.fchown(fd, status.st_uid, status.st_gid)
@@ -345,9 +706,9 @@ def replace(path: Path, content: bytes, mode: str | None) -> None:
                 os.fchmod(fd, 0o666 & ~UMASK)
             if mode is not None:
                 os.fchmod(fd, int(mode.removeprefix("0o"), 8))
-            file.flush()
+            written.flush()
             os.fsync(fd)
-        os.replace(temporary, path)
+        os.replace(temporary, file)
     except BaseException:
         os.unlink(temporary)
         raise
@@ -358,22 +719,25 @@ os.umask(UMASK)
 TYPES = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symlink"}
 
 
-def list_directory(command: Record, ending: threading.Event) -> Record:
-    """List a directory; {entries: [{name, type, size, modified, mode}], truncated}, sorted by name."""
-    root, limit = path_of(command), min(command.get("limit", ENTRIES), ENTRIES)
-    pattern = command.get("glob", "*")
-    names = (name for name in walk(root, command.get("recursive", False)) if fnmatch.fnmatch(Path(name).name, pattern))
-    chosen = sorted(names)
-    return {"entries": [entry_of(root, name) for name in chosen[:limit]], "truncated": len(chosen) > limit}
+def list_directory(command: Record) -> Record:
+    """List a directory; {entries: [{name, type, size, modified, mode}], truncated}, sorted by name.
+
+    Of more than ``limit`` entries those next ``after`` a name; ``next`` is the one to go on after.
+    """
+    root, limit = path_of(command), max(1, min(command.get("limit", ENTRIES), ENTRIES))
+    pattern, after = command.get("glob", "*"), command.get("after", "")
+    with inside(root) as folder:
+        names = walk(folder) if command.get("recursive") else os.listdir(folder)
+        wanted = (name for name in names if as_name(name) > after and fnmatch.fnmatch(os.path.basename(name), pattern))
+        chosen = heapq.nsmallest(limit + 1, wanted, key=as_name)  # of any number, in bounded memory
+        entries = [entry_of(folder, name) for name in chosen[:limit]]
+    more = len(chosen) > limit
+    return {"entries": entries, "truncated": more, **({"next": entries[-1]["name"]} if more else {})}
 
 
-def walk(root: Path, recursive: bool) -> Iterator[str]:
+def walk(root: Path) -> Iterator[str]:
     """Yield the names below *root*, relative to it; links are named, not followed."""
-    if not recursive:
-        yield from os.listdir(root)
-        return
-    os.listdir(root)  # a missing one is an error; one that goes missing on the way is not
-    for folder, folders, files in os.walk(root):
+    for folder, folders, files, _ in os.fwalk(f"{root}/."):
         for name in itertools.chain(folders, files):
             yield os.path.relpath(os.path.join(folder, name), root)
 
@@ -386,8 +750,9 @@ def as_name(path: str | Path) -> str:
 def entry_of(root: Path, name: str) -> Record:
     shown = as_name(name)
     try:
-        status = os.lstat(root / name)
-    except FileNotFoundError:
+        with inside(root / os.path.dirname(name)) as folder:
+            status = os.lstat(folder / os.path.basename(name))
+    except (OSError, Failed):  # gone, or moved outside
         return {"name": shown, "type": "gone", "size": 0, "modified": 0, "mode": ""}
     kind = TYPES.get(stat.S_IFMT(status.st_mode), "other")
     mode = f"{stat.S_IMODE(status.st_mode):04o}"
@@ -403,8 +768,7 @@ def code_search(command: Record) -> Record:
     ripgrep, where it is installed, only tells which files to look into, so the answer is the same without it.
     """
     root, limit = path_of(command, "."), min(command.get("limit", MATCHES), MATCHES)
-    if not root.exists():
-        raise FileNotFoundError(2, "No such file or directory", str(root))
+    os.close(reach(root))
     source = command["query"] if command.get("regex") else re.escape(command["query"])
     try:
         pattern = re.compile(source, re.IGNORECASE if command.get("ignoreCase") else 0)
@@ -448,10 +812,11 @@ def wanted(path: Path, command: Record) -> bool:
 def search_file(path: Path, root: Path, pattern: re.Pattern[str], context: int) -> Iterator[Record]:
     """Yield a match for each line of *path* that has one; none for a file that is binary, too large or gone."""
     try:
-        if path.is_symlink() or not path.is_file() or path.stat().st_size > SEARCH_BYTES:
+        if path.is_symlink() or path.stat().st_size > SEARCH_BYTES:
             return
-        raw = path.read_bytes()
-    except OSError:
+        with open_file(path) as file:
+            raw = file.read(SEARCH_BYTES)
+    except (OSError, Failed):
         return
     if b"\0" in raw:
         return
@@ -523,28 +888,180 @@ def plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else str(value)
 
 
-IN_PROCESS: dict[str, Callable[[Record], Any]] = {"aws_operation": aws_operation, "code_search": code_search}
-EXECUTORS: dict[str, Callable[[Record, threading.Event], Any]] = {
-    "execute_bash": execute_bash,
+IN_CHILD: dict[str, Callable[[Record], Any]] = {
     "read_file": read_file,
     "write_file": write_file,
     "list_directory": list_directory,
-    **dict.fromkeys(IN_PROCESS, in_process),
+    "code_search": code_search,
+    "aws_operation": aws_operation,
 }
+FILES = ("read_file", "write_file", "list_directory", "code_search")
+EXECUTORS: dict[str, Callable[[Run], Any]] = {"execute_bash": execute_bash, **dict.fromkeys(IN_CHILD, in_child)}
 
 
-def execute(command: Record, ending: threading.Event) -> Record:
-    """Execute *command* and return the report of how it ended."""
+def execute(run: Run) -> Record:
+    """Execute the command of *run* and return the report of how it ended."""
     try:
-        return {"status": "completed", "outcome": "ok", "result": EXECUTORS[command["type"]](command, ending)}
+        return {"status": "completed", "outcome": "ok", "result": EXECUTORS[run.command["type"]](run)}
     except Failed as failure:
         report: Record = {"status": "failed", "outcome": failure.outcome, "error": str(failure)}
         return report if failure.result is None else {**report, "result": failure.result}
     except OSError as error:
         return {"status": "failed", "outcome": "error", "error": explain(error)}
     except Exception as error:  # an executor's own defect must not leave its command without an end
-        log.exception("a defect in %s", command["type"])
+        log.exception("a defect in %s", run.command["type"])
         return {"status": "failed", "outcome": "error", "error": f"the agent failed: {error!r}"}
+
+
+# ---------------------------------------------------------------------------------------- Policy
+# What this agent does at all, what it refuses, and what it asks a human for first.
+
+
+class Rule(NamedTuple):
+    """Commands of which each of these fields holds its regular expression."""
+
+    patterns: dict[str, re.Pattern[str]]
+    reason: str
+
+    def covers(self, command: Record) -> bool:
+        return all(pattern.search(as_text(command.get(field, ""))) for field, pattern in self.patterns.items())
+
+
+class Policy(NamedTuple):
+    """What a policy file says; where there is none, everything is allowed."""
+
+    types: Sequence[str] = ()  # that are executed; all of them, if there is none
+    roots: Sequence[
+        str
+    ] = ()  # outside of which no file is read, written, listed or searched; anywhere, if there is none
+    timeout: float = RUN_S  # s of running for a command that does not say
+    longest: float = LONGEST_S  # s of running for a command that says more
+    answer: float = ANSWER_S  # s in which a yes must come, and be used
+    refuse: Sequence[Rule] = ()
+    ask: Sequence[Rule] = ()
+
+    def judge(self, command: Record) -> tuple[str, str]:
+        """Return "refuse", "ask" or "run", and why.
+
+        >>> Policy(refuse=[Rule({"command": re.compile("mkfs")}, "no disks")]).judge({"command": "sudo mkfs"})
+        ('refuse', 'no disks')
+        """
+        for verdict, rules in (("refuse", self.refuse), ("ask", self.ask)):
+            for rule in rules:
+                if rule.covers(command):
+                    return verdict, rule.reason
+        return "run", ""
+
+    def limited(self, command: Record) -> Record:
+        """Return *command* with the timeout (s) that it gets here."""
+        usual = FILES_S if command["type"] in FILES else self.timeout
+        return {**command, "timeout": min(command.get("timeout", usual), self.longest)}
+
+
+class BadPolicy(Exception):
+    """A policy that cannot be followed; where: the key, and for a rule which of which tables it is in."""
+
+    def __init__(self, problem: str, key: str = "", table: str = "", number: int = 0) -> None:
+        super().__init__(problem)
+        self.where = key, table, number
+
+
+def as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def read_policy(path: Path) -> Policy:
+    """Return what the TOML file *path* says; raise BadPolicy with the line and the reason if any of it is not clear."""
+    try:
+        text = path.read_text()
+        said = tomllib.loads(text)
+    except OSError as error:
+        raise BadPolicy(explain(error)) from None
+    except ValueError as error:  # it tells the line
+        raise BadPolicy(f"{path}: {error}") from None
+    try:
+        return Policy(**{key: meaning(key, value) for key, value in said.items()})
+    except BadPolicy as problem:
+        raise BadPolicy(f"{path}, line {line_of(text, *problem.where)}: {problem}") from None
+
+
+def meaning(key: str, value: Any) -> Any:
+    """Return what the *value* of a *key* of a policy means; raise BadPolicy."""
+    if key not in MEANINGS:
+        raise BadPolicy(f"{key} is not one of {', '.join(MEANINGS)}", key)
+    wanted, understood = MEANINGS[key]
+    if not understood(value):
+        raise BadPolicy(f"{key} must be {wanted}", key)
+    if key in ("refuse", "ask"):
+        return [read_rule(table, key, number) for number, table in enumerate(value)]
+    return [os.path.realpath(os.path.expanduser(root)) for root in value] if key == "roots" else value
+
+
+def strings(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value)
+
+
+def seconds(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= LONGEST_S
+
+
+def tables(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, dict) for each in value)
+
+
+def folders(value: Any) -> bool:
+    return strings(value) and all(os.path.isdir(os.path.expanduser(root)) for root in value)
+
+
+MEANINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "types": (
+        f"a list of some of {', '.join(EXECUTORS)}",
+        lambda value: strings(value) and set(value) <= EXECUTORS.keys(),
+    ),
+    "roots": ("a list of folders that are there", folders),
+    "timeout": (f"a number of seconds up to {LONGEST_S:.0f}", seconds),
+    "longest": (f"a number of seconds up to {LONGEST_S:.0f}", seconds),
+    "answer": (f"a number of seconds up to {LONGEST_S:.0f}", seconds),
+    "refuse": ("tables: [[refuse]]", tables),
+    "ask": ("tables: [[ask]]", tables),
+}
+FIELDS: tuple[str, ...] = ("type", "command", "path", "content", "query", "service", "operation", "parameters")
+FIELDS += ("region", "profile", "workingDir", "env", "stdin", "pty", "target", "retryable")
+
+
+def read_rule(table: Record, name: str, number: int) -> Rule:
+    """Return the rule in the *number*-th table of that *name*; raise BadPolicy."""
+    patterns = {}
+    for field, source in table.items():
+        if field not in (*FIELDS, "reason"):
+            raise BadPolicy(f"{field} is no field of a command; possible are {', '.join(FIELDS)}", field, name, number)
+        if not isinstance(source, str):
+            raise BadPolicy(f"{field} must be a string", field, name, number)
+        try:
+            patterns[field] = re.compile(source)
+        except re.error as error:
+            raise BadPolicy(f"{field} is not a regular expression: {error}", field, name, number) from None
+    reason = patterns.pop("reason", None)
+    if not patterns:
+        raise BadPolicy(f"the rule names no field; possible are {', '.join(FIELDS)}", "", name, number)
+    return Rule(
+        patterns, table["reason"] if reason else f"a rule of this agent: {json.dumps(table, ensure_ascii=False)}"
+    )
+
+
+def line_of(text: str, key: str, table: str, number: int) -> int:
+    """Return the line in the TOML *text* that sets *key*, in the *number*-th [[table]] if there is one."""
+    here, seen, start = "", {table: -1}, 1
+    for line, content in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[+\s*([\w-]+)", content):
+            here = header[1]
+            seen[here] = seen.get(here, -1) + 1
+            start = line if (here, seen[here]) in ((table, number), (key, 0)) else start
+        if (here, seen.get(here)) == (table, number if table else -1) and re.match(
+            rf"\s*[\"']?{re.escape(key)}\b", content
+        ):
+            return line
+    return start
 
 
 # ---------------------------------------------------------------------------------------- Links
@@ -556,15 +1073,38 @@ class Unreachable(Exception):
 
 
 class Refused(Exception):
-    """A report was not accepted as it is; the text says why."""
+    """What was sent is not accepted as it is; the text says why."""
 
 
 class Link(Protocol):
+    remote: bool  # output has to be sent
+
     def changes(self, seconds: float) -> dict[str, Record]:
-        """Return the commands that are new or changed, waiting for one up to *seconds*."""
+        """Return the commands that are new or changed and have not ended, waiting for one up to *seconds*."""
+
+    def get(self, identity: str) -> Record | None:
+        """Return a command, or None if it is gone."""
 
     def report(self, identity: str, patch: Record) -> Record | None:
         """Return the command after *patch*, or None if it went to another, or is gone."""
+
+    def post(self, order: Record, key: str) -> Record:
+        """Queue *order*, once for each *key*, and return the command."""
+
+    def cancel(self, identity: str) -> None:
+        """Cancel a command; one that has ended or is gone stays so."""
+
+    def output(self, identity: str) -> dict[str, Path]:
+        """Return the files that the output of a command goes to, by stream."""
+
+    def size(self, identity: str, stream: str) -> int:
+        """Return how much the service has of a stream."""
+
+    def append(self, run: Run, stream: str, offset: int, piece: bytes) -> bool:
+        """Send *piece*, which stands at *offset* of a stream; return whether it is wanted, and the run still ours."""
+
+    def typed(self, identity: str, offset: int) -> bytes:
+        """Return what was sent to the stdin of a command, from *offset* on."""
 
     def close(self) -> None:
         """Let go of who waits in changes(); reports are still taken."""
@@ -572,6 +1112,8 @@ class Link(Protocol):
 
 class FolderLink:
     """The queue reached through its state directory."""
+
+    remote = False
 
     def __init__(self, directory: Path, poll: float = POLL_S) -> None:
         import kirosync  # noqa: PLC0415  only this link needs it
@@ -607,15 +1149,40 @@ class FolderLink:
             self.store.notice(None if modified != self.seen else set())
             self.seen, self.looked = modified, time.monotonic()
 
-    def report(self, identity: str, patch: Record) -> Record | None:
+    def get(self, identity: str) -> Record | None:
+        entry = self.store.get("commands", identity)
+        return entry.record(identity) if entry else None
+
+    def change(self, rule: Callable[[Any], Any]) -> Any:
         try:
-            return dict(self.store.change(lambda pen: self.rules.report(pen, identity, patch)))
+            return self.store.change(rule)
         except (self.rules.NotFound, self.rules.Conflict):
             return None
         except (self.rules.Busy, self.rules.Full, self.rules.Broken) as refusal:
             raise Unreachable(str(refusal)) from None
         except (self.rules.Refusal, ValueError, RecursionError) as refusal:
             raise Refused(str(refusal)) from None
+
+    def report(self, identity: str, patch: Record) -> Record | None:
+        return self.change(lambda pen: self.rules.report(pen, identity, patch))  # type: ignore[no-any-return]
+
+    def post(self, order: Record, key: str) -> Record:
+        return self.change(lambda pen: self.rules.queue(pen, order, key)[0])  # type: ignore[no-any-return]
+
+    def cancel(self, identity: str) -> None:
+        self.change(lambda pen: self.rules.cancel_command(pen, identity))
+
+    def output(self, identity: str) -> dict[str, Path]:
+        return {stream: self.store.stream(identity, stream) for stream in ("stdout", "stderr")}
+
+    def size(self, identity: str, stream: str) -> int:
+        return int(self.store.extent(identity, stream))
+
+    def append(self, run: Run, stream: str, offset: int, piece: bytes) -> bool:
+        raise NotImplementedError("it is there already")
+
+    def typed(self, identity: str, offset: int) -> bytes:
+        return bytes(self.store.read_stream(identity, "stdin", offset, PIECE_BYTES))
 
     def close(self) -> None:
         self.store.release()
@@ -624,76 +1191,247 @@ class FolderLink:
 class HttpLink:
     """The queue reached through the service."""
 
+    remote = True
+
     def __init__(self, server: str, token: str) -> None:
         import urllib3  # noqa: PLC0415  only this link needs it
 
         self.errors = urllib3.exceptions
-        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-        self.pool = urllib3.PoolManager(maxsize=8, headers=headers, retries=False)
+        self.headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        self.pool = urllib3.PoolManager(maxsize=16, retries=False)
         self.server, self.cursor = server.rstrip("/"), ""
+        self.spool = tempfile.TemporaryDirectory(prefix="kirosync-output-")
 
-    def ask(self, method: str, path: str, held: float = 0, body: Record | None = None) -> tuple[int, Record]:
-        raw = None if body is None else json.dumps(body).encode()
+    def request(self, method: str, path: str, body: bytes | None = None, held: float = 0, **headers: str) -> Any:
+        """Return the answer, whatever its status, but for what may be otherwise later: then raise Unreachable."""
+        said = {**self.headers, **{name.replace("_", "-"): value for name, value in headers.items()}}
         try:
-            answer = self.pool.request(method, self.server + path, body=raw, timeout=held + 10)
+            answer = self.pool.request(method, self.server + path, body=body, headers=said, timeout=held + 10)
         except self.errors.HTTPError as error:
             raise Unreachable(f"{self.server}: {error}") from None
         if answer.status == 401:
             raise Unreachable(f"{self.server} does not take the token; is it that service's?")
-        try:
-            said = json.loads(answer.data)
-        except ValueError:
-            said = {"error": answer.data[:200].decode("utf-8", "replace")}
         if answer.status == 429 or answer.status >= 500:
-            raise Unreachable(f"{self.server} answered {answer.status}: {said.get('error')}")
-        return answer.status, said
+            raise Unreachable(f"{self.server} answered {answer.status}: {told(answer.data).get('error')}")
+        return answer
+
+    def ask(self, method: str, path: str, body: Record | None = None, held: float = 0, **headers: str) -> Record | None:
+        """Return the JSON that was answered, or None for a conflict or what is not there; raise Refused."""
+        answer = self.request(method, path, None if body is None else json.dumps(body).encode(), held, **headers)
+        if answer.status in (404, 409):
+            return None
+        if answer.status != 200:
+            raise Refused(str(told(answer.data).get("error")))
+        return told(answer.data)
 
     def changes(self, seconds: float) -> dict[str, Record]:
         since = f"&since={self.cursor}&wait={seconds:.3f}" if self.cursor else ""
         asked = time.monotonic()
-        status, said = self.ask("GET", f"/sync?only=commands&status=pending,processing{since}", held=seconds)
-        if status != 200:
-            raise Unreachable(f"{self.server} answered {status}: {said.get('error')}")
+        said = self.ask("GET", f"/sync?only=commands&status=pending,processing{since}", held=seconds)
+        if said is None or "cursor" not in said:
+            raise Unreachable(f"{self.server} is no kirosync")
         if not said["commands"] and self.cursor and time.monotonic() - asked < min(seconds, PAUSE_S):
             time.sleep(PAUSE_S)  # the service has too many who wait, and did not hold us
         self.cursor = said["cursor"]
         return {identity: {"id": identity, **command} for identity, command in said["commands"].items()}
 
-    def report(self, identity: str, patch: Record) -> Record | None:
-        from urllib.parse import quote  # noqa: PLC0415
+    def get(self, identity: str) -> Record | None:
+        said = self.ask("GET", command_at(identity))
+        return said and {"id": identity, **said}
 
-        status, said = self.ask("PATCH", f"/command/{quote(identity, safe='')}", body=patch)
-        if status in (404, 409):
-            return None
-        if status != 200:
-            raise Refused(str(said.get("error")))
-        return {"id": identity, **said}
+    def report(self, identity: str, patch: Record) -> Record | None:
+        said = self.ask("PATCH", command_at(identity), patch)
+        return said and {"id": identity, **said}
+
+    def post(self, order: Record, key: str) -> Record:
+        said = self.ask("POST", "/command", order, Idempotency_Key=key)
+        if said is None:
+            raise Refused("the service does not take commands")
+        return {"id": said["commandId"], **said}
+
+    def cancel(self, identity: str) -> None:
+        self.ask("POST", command_at(identity, "cancel"))
+
+    def output(self, identity: str) -> dict[str, Path]:
+        folder = Path(tempfile.mkdtemp(dir=self.spool.name))
+        return {stream: folder / stream for stream in ("stdout", "stderr")}
+
+    def size(self, identity: str, stream: str) -> int:
+        answer = self.request("GET", command_at(identity, f"output?stream={stream}&tail=0"))
+        return int(answer.headers.get("X-Output-Next", 0))
+
+    def append(self, run: Run, stream: str, offset: int, piece: bytes) -> bool:
+        held = "".join(f"&{name}={quote(str(value), safe='')}" for name, value in run.held.items())
+        path = command_at(run.identity, f"output?stream={stream}&offset={offset}{held}")
+        answer = self.request("POST", path, piece, Content_Type="application/octet-stream")
+        return bool(answer.status == 200)
+
+    def typed(self, identity: str, offset: int) -> bytes:
+        answer = self.request("GET", command_at(identity, f"output?stream=stdin&offset={offset}"))
+        return bytes(answer.data) if answer.status == 200 else b""
 
     def close(self) -> None:
         """Nothing: a held request ends by itself."""
+
+
+def command_at(identity: str, part: str = "") -> str:
+    return f"/command/{quote(identity, safe='')}{part and '/'}{part}"
+
+
+def told(body: bytes) -> Record:
+    """Return the JSON object in *body*, or what it says else as an error."""
+    try:
+        said = json.loads(body)
+    except ValueError:
+        said = None
+    return said if isinstance(said, dict) else {"error": body[:200].decode("utf-8", "replace")}
 
 
 # ---------------------------------------------------------------------------------------- Loop
 # One turn: see what is new, queue it for the workers, renew what is running.
 
 
-class Run:
-    """A command that this agent has taken: from being seen until its end is reported."""
+class Yes(NamedTuple):
+    """A human's permission: for the command of this sha256, until this moment (s)."""
 
-    def __init__(self, identity: str) -> None:
-        self.identity = identity
-        self.held: Record = {}  # what every report of it says: agent, claim, attempt
-        self.again: Record | None = None  # the command, if it was seen pending meanwhile
-        self.ending = threading.Event()
+    sha256: str
+    until: float
+
+
+class Question(NamedTuple):
+    """What a human is asked: whether exactly this command may run. It is a user_input in the queue."""
+
+    command: Record
+    reason: str
+    seconds: float  # in which a yes must come, and be used
+    identity: str = ""  # of the user_input, once it has been posted
+
+    def order(self, agent: str) -> tuple[Record, str]:
+        """Return the user_input, and the key by which it is the same, and one, for the same command."""
+        exact = json.dumps(exactly(self.command), indent=2, ensure_ascii=False)
+        shown = (
+            exact if len(exact) <= PROMPT_CHARACTERS else f"{exact[:PROMPT_CHARACTERS]}\n[... {len(exact)} characters]"
+        )
+        order: Record = {
+            "type": "user_input",
+            "prompt": f"May {agent} run this? It asks because: {self.reason}\n{shown}",
+        }
+        order |= {"inputType": "confirmation", "executionId": self.command["id"], "expiresIn": self.seconds}
+        order["metadata"] = {"agent": agent, "sha256": sha256_of(self.command)}
+        return order, f"ask-{self.command['id']}-{sha256_of(self.command)}"
+
+    def answer(self, posted: Record | None) -> tuple[Yes | None, str]:
+        """Return what the human said, from the user_input when it has ended: a yes, or None and why not."""
+        if posted is None:
+            return None, "the question whether it may run was removed"
+        result = posted.get("result")
+        value = result.get("value") if isinstance(result, dict) else result
+        if posted["status"] == "completed" and (value is True or str(value).lower() in ("yes", "y", "true")):
+            return Yes(sha256_of(self.command), posted["createdAt"] / 1000 + self.seconds), "yes"
+        if posted["status"] == "completed":
+            return None, "a human said no"
+        return None, f"nobody allowed it ({self.reason}): {posted.get('error', posted.get('outcome'))}"
+
+
+def exactly(command: Record) -> Record:
+    """Return what is done when *command* is executed, without what becomes of it meanwhile."""
+    return {key: value for key, value in command.items() if key not in CHANGING}
+
+
+CHANGING = {
+    "revision",
+    "status",
+    "createdAt",
+    "updatedAt",
+    "startedAt",
+    "endedAt",
+    "attempt",
+    "agent",
+    "claim",
+    "lease",
+}
+CHANGING |= {"leaseUntil", "metadata", "result", "error", "outcome", "cancelRequested", "inputSize", "inputClosed"}
+
+
+def sha256_of(command: Record) -> str:
+    return hashlib.sha256(json.dumps(exactly(command), sort_keys=True).encode()).hexdigest()
+
+
+class Delivery:
+    """One stream of a run on its way to a service elsewhere."""
+
+    def __init__(self, run: Run, stream: str) -> None:
+        self.run, self.stream, self.sent, self.start = run, stream, 0, -1
+
+    def move(self, link: Link) -> bool:
+        """Send the next piece; return whether there was one."""
+        path = self.run.paths[self.stream]
+        if not path.exists():
+            return False
+        with open(path, "rb") as file:
+            piece = os.pread(file.fileno(), PIECE_BYTES, self.sent)
+        if not piece:
+            return False
+        if self.start < 0:  # an earlier attempt may have left some
+            self.start = link.size(self.run.identity, self.stream) if self.run.held.get("attempt", 1) > 1 else 0
+        wanted = link.append(self.run, self.stream, self.start + self.sent, piece)
+        self.sent += len(piece)
+        return wanted
+
+    def close(self) -> None:
+        self.run.paths[self.stream].unlink(missing_ok=True)
+
+
+class Typing:
+    """What is sent to the stdin of a run, on its way there."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.taken, self.left, self.last = run, 0, b"", b"\n"
+
+    def move(self, link: Link) -> bool:
+        """Write the next piece, or close the stdin; return whether there may be more at once."""
+        if self.run.stdin < 0:
+            return False
+        if not self.left and self.taken < self.run.typed:
+            self.left = link.typed(self.run.identity, self.taken)
+            self.taken, self.last = self.taken + len(self.left), self.left[-1:]
+        try:
+            written = os.write(self.run.stdin, self.left) if self.left else 0
+        except BlockingIOError:
+            return False
+        except OSError:  # the child reads no more
+            self.close()
+            return False
+        self.left = self.left[written:]
+        if self.run.closed and not self.left and self.taken >= self.run.typed:
+            if self.run.command.get("pty"):  # where a line has begun, the first ends only that
+                os.write(self.run.stdin, END_OF_INPUT if self.last == b"\n" else 2 * END_OF_INPUT)
+            self.close()
+        return written > 0
+
+    def close(self) -> None:
+        if self.run.stdin >= 0:
+            os.close(self.run.stdin)
+            self.run.stdin = -1
 
 
 class Agent:
     """Takes commands of its types over a link and executes up to *jobs* at once."""
 
-    def __init__(self, link: Link, name: str, jobs: int = 4, clock: Callable[[], float] = time.monotonic) -> None:
-        self.link, self.name, self.clock = link, name, clock
+    def __init__(
+        self,
+        link: Link,
+        name: str,
+        forks: ForkServer,
+        *,
+        jobs: int = 4,
+        policy: Policy | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.link, self.name, self.forks, self.policy, self.clock = link, name, forks, policy or Policy(), clock
         self.pool = ThreadPoolExecutor(jobs)
         self.taken: dict[str, Run] = {}
+        self.asked: dict[str, Question] = {}  # by the command that waits for the answer
         self.renewed = clock()
         self.ear, self.mouth = os.pipe()  # whoever wants it to stop says so here; a signal cannot be missed
         os.set_blocking(self.mouth, False)
@@ -702,30 +1440,44 @@ class Agent:
     def turn(self, seconds: float = HOLD_S) -> None:
         """Look once for what is new, for up to *seconds*, and renew the claims that are due."""
         due = self.renewed + LEASE_S / 3 - self.clock()
-        for identity, command in self.link.changes(max(0.0, min(seconds, due))).items():
-            self.consider(identity, command)
+        news = self.link.changes(max(0.0, min(seconds, due, ASK_S if self.asked else due)))
+        for command in sorted(news.values(), key=lambda command: command.get("createdAt", 0)):
+            self.consider(command)
+        for question in [*self.asked.values()]:
+            self.ask(question)
         if self.clock() >= self.renewed + LEASE_S / 3:
             self.renewed = self.clock()
             for run in [*self.taken.values()]:
                 if run.held and not self.link.report(run.identity, {**CLAIM, **run.held}):
-                    run.ending.set()  # it is no longer ours: its end was given up, or it was removed
+                    run.end("given up")
 
-    def consider(self, identity: str, command: Record) -> None:
+    def consider(self, command: Record) -> None:
         """Take *command* if it is for us; see to its end if it was ours in another life."""
-        for_us = command["type"] in EXECUTORS and command.get("target", self.name) == self.name
-        was_ours = command["status"] == "processing" and command.get("agent") == self.name
-        if not (was_ours or (for_us and command["status"] == "pending")):
-            return
-        if identity in self.taken:
-            self.taken[identity].again = command if command["status"] == "pending" else None
-            return
-        run = self.taken[identity] = Run(identity)
-        self.pool.submit(self.see_to, run, self.give_up if was_ours else self.perform, command)
+        run, pending = self.taken.get(command["id"]), command["status"] == "pending"
+        if run:
+            run.again = command if pending else None
+            if not pending:
+                run.see(command)
+        elif not pending and command.get("agent") == self.name:
+            self.take(command, self.give_up)
+        elif pending and command.get("target", self.name) == self.name and self.knows(command):
+            verdict, reason = self.policy.judge(command)
+            if verdict == "ask":
+                self.asked[command["id"]] = Question(command, reason, self.policy.answer)
+            else:
+                self.take(command, self.perform if verdict == "run" else partial(self.refuse, reason=reason))
 
-    def see_to(self, run: Run, work: Callable[[Run, Record], None], command: Record) -> None:
+    def knows(self, command: Record) -> bool:
+        return command["type"] in (self.policy.types or EXECUTORS)
+
+    def take(self, command: Record, work: Callable[[Run], None]) -> None:
+        run = self.taken[command["id"]] = Run(command, self.forks, self.policy.roots)
+        self.pool.submit(self.see_to, run, work)
+
+    def see_to(self, run: Run, work: Callable[[Run], None]) -> None:
         """Do the *work*, as one of the pool's threads; whatever comes of it, the agent goes on."""
         try:
-            work(run, command)
+            work(run)
         except Refused as error:
             log.error("%s: the report was refused: %s", run.identity, error)
         except Unreachable as error:
@@ -735,19 +1487,28 @@ class Agent:
         finally:
             del self.taken[run.identity]
             if run.again and not self.stopping.is_set():
-                self.consider(run.identity, run.again)
+                self.consider(run.again)
 
-    def perform(self, run: Run, command: Record) -> None:
-        """Claim *command*, execute it and report how it ended."""
+    def perform(self, run: Run, yes: Yes | None = None) -> None:
+        """Claim the command of *run*, execute it and report how it ended."""
         if self.stopping.is_set():
             return
+        if yes and time.time() > yes.until:
+            return self.refuse(run, "the yes to it has expired")
         holder = {"agent": self.name, "claim": secrets.token_hex(8)}
         claimed = self.insist(run, {**CLAIM, **holder})
         if not claimed:
             return
         run.held = {**holder, "attempt": claimed["attempt"]}
-        ended = execute(claimed, run.ending)
-        if ended["outcome"] == "cancelled" and claimed.get("retryable"):
+        if self.policy.judge(claimed)[0] != "run" and (not yes or yes.sha256 != sha256_of(claimed)):
+            self.insist(run, {"status": "pending", **run.held})  # it is no longer what was judged: once more
+            return
+        run.command = self.policy.limited(claimed)
+        run.paths = self.link.output(run.identity)
+        run.see(claimed)
+        with self.carrying(run):
+            ended = execute(run)
+        if run.why == "stopped" and ended["outcome"] == "cancelled" and claimed.get("retryable"):
             ended = {"status": "pending"}
         try:
             self.insist(run, {**ended, **run.held})
@@ -755,8 +1516,66 @@ class Agent:
             said = {"status": "failed", "outcome": "error", "error": f"the report was refused: {error}"}
             self.insist(run, {**said, **run.held})
 
-    def give_up(self, run: Run, command: Record) -> None:
-        """Say that *command* is lost, which this agent was running before it was stopped."""
+    @contextlib.contextmanager
+    def carrying(self, run: Run) -> Iterator[None]:
+        """Have its output brought to where it is wanted, and its input to its child, until all of it is there."""
+        parts: list[Delivery | Typing] = [Delivery(run, stream) for stream in run.paths if self.link.remote]
+        parts += [Typing(run)] if run.command.get("stdin") else []
+        courier = threading.Thread(target=self.carry, args=(run, parts), daemon=True)
+        if parts:
+            courier.start()
+        try:
+            yield
+        finally:
+            run.over.set()
+            if parts:
+                courier.join()
+
+    def carry(self, run: Run, parts: Sequence[Delivery | Typing]) -> None:
+        """Move *parts* until *run* is over and nothing is left to move; be its courier."""
+        more, over, until = False, False, float("inf")
+        while more or not over:
+            over = run.over.wait(0 if more else CARRY_S)
+            try:
+                more = any([part.move(self.link) for part in parts])  # noqa: C419  each of them
+            except (Unreachable, Refused, OSError) as error:
+                log.warning("%s: its output or input must wait: %s", run.identity, error)
+                more, until = True, min(until, time.monotonic() + STOP_S) if self.stopping.is_set() else until
+                if time.monotonic() > until:
+                    break
+                run.over.wait(PAUSE_S) if not over else time.sleep(PAUSE_S)
+        for part in parts:
+            part.close()
+
+    def refuse(self, run: Run, reason: str) -> None:
+        """End the command of *run* before anything is done, and say why."""
+        said = {"status": "failed", "outcome": "refused", "error": f"the agent {self.name} refuses it: {reason}"}
+        self.insist(run, said)
+
+    def ask(self, question: Question) -> None:
+        """Have a human asked whether a command may run; when there is an answer, run or refuse it."""
+        command = question.command
+        current = self.link.get(command["id"])
+        if current is None or current["status"] != "pending":
+            del self.asked[command["id"]]
+            self.link.cancel(question.identity)
+            return
+        try:
+            posted = (
+                self.link.get(question.identity) if question.identity else self.link.post(*question.order(self.name))
+            )
+        except Refused as error:
+            posted = {"id": question.identity, "status": "failed", "error": str(error)}
+        if posted and posted["status"] in OPEN:
+            self.asked[command["id"]] = question._replace(identity=posted["id"])
+            return
+        del self.asked[command["id"]]
+        yes, said = question.answer(posted)
+        self.take(command, partial(self.perform, yes=yes) if yes else partial(self.refuse, reason=said))
+
+    def give_up(self, run: Run) -> None:
+        """Say that the command of *run* is lost, which this agent was executing before it was stopped."""
+        command = run.command
         holder: Record = {key: command[key] for key in ("agent", "claim", "attempt") if key in command}
         lost = f"the agent {self.name} was restarted while it ran; how it ended is unknown"
         end = {"status": "failed", "outcome": "lost", "error": lost}
@@ -805,9 +1624,9 @@ class Agent:
         self.link.close()
         until = time.monotonic() + STOP_S
         while self.taken and time.monotonic() < until:
-            time.sleep(NOTICE_S / 5)
+            time.sleep(STOP_POLL_S)
         for run in [*self.taken.values()]:
-            run.ending.set()
+            run.end("stopped")
         self.pool.shutdown()
         if failed:
             sys.exit("agent: stopped by a defect; see above")
@@ -867,7 +1686,7 @@ def arguments_of() -> argparse.Namespace:
     )
     parser.add_argument("--jobs", type=int, default=4, help="commands at once")
     parser.add_argument("--poll", type=float, default=POLL_S, help="seconds between looks at the state directory")
-    parser.add_argument("--execute", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--policy", default=os.environ.get("KIROSYNC_POLICY"), help="a TOML file; see the README")
     arguments = parser.parse_args()
     arguments.name = arguments.name or (f"{host}-remote" if arguments.server else host)
     return arguments
@@ -875,22 +1694,25 @@ def arguments_of() -> argparse.Namespace:
 
 def main() -> None:
     arguments = arguments_of()
-    if arguments.execute:
-        return execute_here()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s [%(process)d] %(levelname)s %(message)s")
+    try:
+        policy = read_policy(Path(arguments.policy)) if arguments.policy else Policy()
+    except BadPolicy as problem:
+        sys.exit(f"agent: the policy cannot be followed: {problem}")
+    LIBC.prctl(PR_SET_DUMPABLE, 0)  # children of the same user cannot read our environment, nor that of our forks
+    forks = ForkServer()  # before anything makes us large, or starts a thread
     link, folder = link_of(arguments)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with hold_name(arguments.name, folder):
-        agent = Agent(link, arguments.name, arguments.jobs)
+        agent = Agent(link, arguments.name, forks, jobs=arguments.jobs, policy=policy)
         signal.set_wakeup_fd(agent.mouth, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)  # to be heard is enough
-        ctypes.CDLL(None).prctl(4, 0)  # PR_SET_DUMPABLE: children of the same user cannot read its environment
         log.info("agent %s at %s", arguments.name, arguments.server or arguments.state)
         agent.run()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # it is ending already
-    return None
+    forks.close()
 
 
 if __name__ == "__main__":

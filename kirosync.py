@@ -11,6 +11,7 @@ The directory is the database. Each conversation, document and command is one JS
     state/documents/NAME.json       {"id", "revision", "path", "content", "timestamp", ...}
     state/commands/NAME.json        {"id", "revision", "type", "status", ...}
     state/deleted/KIND/NAME.json    tombstones: the last version, and what may not come back
+    state/output/NAME.out .err .in  what a command prints, as it does, and what was sent to its stdin
     state/history/KIND/NAME/        what a merge replaced
     state/quarantine/               files that could not be read, each with its reason
     state/journal.jsonl             a line a change: revision, at, lastUpdate, kind, id, op, crc
@@ -37,6 +38,7 @@ The sections, each of which uses only what stands above it, and the one rule of 
 from __future__ import annotations
 
 import argparse
+import base64
 import bisect
 import contextlib
 import copy
@@ -134,6 +136,10 @@ class NotJson(Refusal):
     status = 415
 
 
+class Unprocessable(Refusal):
+    status = 422
+
+
 class Broken(Refusal):
     status = 500
 
@@ -152,6 +158,9 @@ class Full(Refusal):
 ID_CHARACTERS = 128  # the longest id
 NAME_BYTES = 220  # the longest file name of an id; 255 less ".", ".json" and "." + a revision
 BODY_BYTES = 32 << 20  # of one request: a long conversation is some megabytes
+OUTPUT_BYTES = 64 << 20  # of a stream of a command that is kept
+INPUT_BYTES = 16 << 20  # sent to a command: more belongs into a file
+KEY_CHARACTERS = 255  # of an Idempotency-Key
 LAST_REVISION = 10**12  # a change each millisecond for thirty years
 NESTING = 100  # levels of one record: msgspec stops near 1,000, hand editing long before
 INTEGER = 8_640_000_000_000_000  # ms: the last moment that a JavaScript Date can hold
@@ -168,6 +177,7 @@ GATHER_S = 0.0002  # a busy committer waits for company: a sync costs as much fo
 LOCK_POLL_S = 0.001  # filelock's own 0.05 starves whoever comes second
 WAIT_S = 55  # a held answer: proxies cut at 60
 GONE_S = 2.0  # between looks whether who waits has hung up
+OUTPUT_POLL_S = 0.05  # between looks whether a command has printed more
 SETTLE_S = 1.0  # a file written by hand may be half done for so long
 LOOK_S = 1.5  # between looks at the whole directory, where the kernel does not tell
 JOURNAL_POLL_S = 0.02  # between looks at the journal, where the kernel does not tell
@@ -200,14 +210,18 @@ Count = number(int, ge=0, le=INTEGER)
 Time = number(float, ge=-INTEGER, le=INTEGER)
 Run = number(float, gt=0, le=LONGEST_RUN_S)
 Stay = number(float, gt=0, le=LONGEST_STAY_S)
+Cells = number(int, ge=1, le=9999)
 Status = Literal["pending", "processing", "completed", "failed"]
 Outcome = Literal["ok", "exit", "error", "timeout", "cancelled", "expired", "lost", "refused"]
 Encoding = Literal["utf-8", "base64"]
+InputType = Literal["text", "choice", "file", "confirmation"]
 POSSIBLE = {"status": get_args(Status), "outcome": get_args(Outcome), "encoding": get_args(Encoding)}
+POSSIBLE |= {"inputType": get_args(InputType)}
 
 MESSAGE = shape({"role": Name, "content": str, "timestamp": Time}, {"id": str | int, "metadata": dict[str, Any]})
 MESSAGES: Any = list[MESSAGE]  # type: ignore[valid-type]
 DOCUMENT = shape({"content": str, "timestamp": Time}, {"path": str, "language": str})
+INPUT = shape({}, {"data": str, "encoding": Encoding, "offset": Count, "close": bool})
 PUSH = shape({}, {**dict.fromkeys(KINDS, dict[str, Any]), "lastUpdate": Time})
 
 # What an order may say: for every type, and for each its required and its optional fields, and its result.
@@ -216,7 +230,7 @@ ORDER |= {"metadata": dict[str, Any], "retryable": bool}
 ORDERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "execute_bash": (
         {"command": Text},
-        {},
+        {"stdin": bool, "pty": bool, "columns": Cells, "rows": Cells},
         "stdout, stderr, exitCode, durationMs; truncated and size where one was cut",
     ),
     "read_file": (
@@ -231,8 +245,8 @@ ORDERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "list_directory": (
         {"path": Text},
-        {"recursive": bool, "glob": Text, "limit": Count},
-        "entries [{name, type, size, modified, mode}], truncated",
+        {"recursive": bool, "glob": Text, "limit": Count, "after": Text},
+        "entries [{name, type, size, modified, mode}], truncated; next, if so: give it as after",
     ),
     "aws_operation": (
         {"service": Text, "operation": Text, "parameters": dict[str, Any]},
@@ -245,7 +259,11 @@ ORDERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "matches [{path, line, column, text}], truncated",
     ),
     "kiro_command": ({"command": Text}, {}, "output; for an IDE to execute"),
-    "user_input": ({"prompt": Text}, {}, "value; for a human to answer"),
+    "user_input": (
+        {"prompt": Text},
+        {"inputType": InputType, "choices": list[str], "executionId": Name},
+        "value; for a human to answer",
+    ),
 }
 COMMANDS = {kind: shape(required, {**ORDER, **optional}) for kind, (required, optional, _) in ORDERS.items()}
 
@@ -262,13 +280,14 @@ REPORT = {
 REPORT |= {"result": Any, "metadata": dict[str, Any]}
 PATCH = shape({}, REPORT)
 TIMES = dict.fromkeys(("createdAt", "updatedAt", "startedAt", "endedAt", "leaseUntil"), Time)
-COMMAND = shape({"type": Name, "status": Status}, {**ORDER, **REPORT, **TIMES})
+MARKS = {"cancelRequested": bool, "inputSize": Count, "inputClosed": bool, "idempotencyKey": str, "orderSha256": str}
+COMMAND = shape({"type": Name, "status": Status}, {**ORDER, **REPORT, **TIMES, **MARKS})
 
 # What a file found in the state directory must be.
 FOUND = {
     "conversations": shape({"messages": MESSAGES}, {}),
     "documents": shape({"content": str}, {"timestamp": Time}),
-    "commands": shape({"type": Name}, {**ORDER, **REPORT, **TIMES}),
+    "commands": shape({"type": Name}, {**ORDER, **REPORT, **TIMES, **MARKS}),
 }
 
 
@@ -547,7 +566,7 @@ def advance(command: Record, patch: Record, now: int) -> Record:
     kirosync.Conflict: c is completed and cannot become processing
     """
     was, status = command["status"], patch.get("status", command["status"])
-    told = without(patch, "lease", *TIMES)
+    told = without(patch, "lease", *TIMES, *MARKS)
     if was in ENDED and all(key in command and command[key] == told[key] for key in told):
         return command
     if was in ENDED or status not in NEXT[was] | {was}:
@@ -570,8 +589,25 @@ def advance(command: Record, patch: Record, now: int) -> Record:
 
 def requeue(command: Record, now: int) -> Record:
     """Return a claimed *command* as it goes back to the queue, for its next attempt."""
+    if command.get("cancelRequested"):
+        return fail(command, "cancelled", "cancelled on request", now)
     kept = without(command, "agent", "claim", "startedAt", "leaseUntil")
     return {**kept, "status": "pending", "attempt": command.get("attempt", 1) + 1, "updatedAt": now}
+
+
+def cancel(command: Record, now: int) -> Record:
+    """Return *command* as it is once someone wants it to end: ended, or if it is being executed, with that wish.
+
+    >>> cancel({"id": "c", "status": "processing"}, now=1)["cancelRequested"]
+    True
+    """
+    if command.get("cancelRequested") or command.get("outcome") == "cancelled":
+        return command
+    if command["status"] in ENDED:
+        raise Conflict(f"{command['id']} is {command['status']}: too late to cancel it", status=command["status"])
+    if command["status"] == "pending":
+        return fail(command, "cancelled", "cancelled before anyone took it", now)
+    return {**command, "cancelRequested": True, "updatedAt": now}
 
 
 def check_holder(command: Record, patch: Record) -> None:
@@ -631,7 +667,7 @@ def overdue(command: Record, now: int, listening: float = 0) -> Record:
         who = f"the agent {command['target']}" if "target" in command else f"an agent for {command['type']}"
         waited = round((now - command["createdAt"]) / 1000)
         return fail(command, "expired", f"{who} did not take it in {waited} s; queue it again if still wanted", now)
-    if command.get("retryable"):
+    if command.get("retryable") and not command.get("cancelRequested"):
         return requeue(command, now)
     return fail(command, "lost", f"{command.get('agent', 'the agent')} stopped reporting; how it ended is unknown", now)
 
@@ -648,7 +684,11 @@ def merge_command(mine: Record | None, theirs: Record, now: int) -> Record:
     """
     if mine is None:
         created = min(theirs.get("createdAt", now), now)
-        stamped = {**theirs, "createdAt": created, "updatedAt": min(theirs.get("updatedAt", created), now)}
+        stamped = {
+            **without(theirs, *MARKS),
+            "createdAt": created,
+            "updatedAt": min(theirs.get("updatedAt", created), now),
+        }
         if stamped["status"] == "processing":  # elsewhere: its report is waited for, for as long as it may run
             taken = without(stamped, "leaseUntil", "retryable", "agent", "claim")  # by no agent of ours
             return {**taken, "startedAt": now}
@@ -892,6 +932,9 @@ class Watch:
             os.close(self.fd)
 
 
+STREAMS = {"stdout": "out", "stderr": "err", "stdin": "in"}  # of a command, and how their files end
+
+
 class Pen:
     """What a rule writes with. The store hands it out under the lock, and to nobody else.
 
@@ -905,7 +948,7 @@ class Pen:
         self.entries: dict[tuple[str, str], Entry | None] = {}
         self.files: dict[Path, tuple[File, bytes]] = {}
         self.history: dict[File, bytes] = {}
-        self.spoiled: set[Path] = set()  # files that are in quarantine, and are to go
+        self.unwanted: set[Path] = set()  # files to be removed: of what was deleted, or is in quarantine
 
     def fork(self) -> Pen:
         """Return a pen that goes on where this one is, to be dropped if its rule fails."""
@@ -944,6 +987,7 @@ class Pen:
         self.files.pop(self.store.path(kind, identity), None)
         file = self.store.file(kind, identity, "delete", self.revision)
         file = file if whole else file._replace(replaces=None)  # it is gone; one that has come since is another
+        self.unwanted |= {self.store.stream(identity, name) for name in STREAMS} if kind == "commands" else set()
         self.files[file.path] = file, lay_out(identity, self.revision, wire, {})
 
     def grave(self, kind: str, identity: str) -> Record | None:
@@ -968,6 +1012,21 @@ class Pen:
             path = folder / f"{moment:016d}-{digest(text)[:12]}.json"
             if not path.exists():
                 self.history[File(path, history / f".{digest(bytes(path))[:24]}.json")] = text
+
+    def type_in(self, identity: str, offset: int, typed: bytes) -> None:
+        """Put *typed* at *offset* into what a command reads. It counts when the record says so, and not before."""
+        path = self.store.stream(identity, "stdin")
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.lseek(fd, offset, os.SEEK_SET)
+                write_all(fd, typed)
+                os.fsync(fd)  # before the record
+            finally:
+                os.close(fd)
+            sync_folder(path.parent)
+        except OSError as error:
+            raise refusal_of(error) from None
 
     def touch(self, moment: float) -> None:
         """Move lastUpdate to *moment* (ms), forwards only."""
@@ -1034,7 +1093,7 @@ class Pen:
 
     def _turn_away(self, kind: str, name: str, reason: str) -> None:
         """Put a file into quarantine. It stays where it is until the change is durable: never in neither place."""
-        self.spoiled.add(self.store.quarantine(kind, name, reason))
+        self.unwanted.add(self.store.quarantine(kind, name, reason))
 
     def _entry(self, kind: str, identity: str) -> Entry | None:
         """Return what the record is now, after a look whether its file was changed by hand."""
@@ -1241,6 +1300,10 @@ class Store:
     def grave(self, kind: str, identity: str) -> Path:
         return self.directory / "deleted" / kind / f"{name_of(check_id(identity))}.json"
 
+    def stream(self, identity: str, stream: str) -> Path:
+        """Return the file of what a command prints or reads, which is there once something was."""
+        return self.directory / "output" / f"{name_of(check_id(identity))}.{STREAMS[stream]}"
+
     def file(self, kind: str, identity: str, op: str, revision: int) -> File:
         """Return the file that *op* writes: the record, or for delete the tombstone in its place."""
         record, grave = self.path(kind, identity), self.grave(kind, identity)
@@ -1277,6 +1340,21 @@ class Store:
         self.refresh()
         with self.changed:
             return self.entries[kind].get(identity)
+
+    def extent(self, identity: str, stream: str) -> int:
+        """Return how many bytes there are of a stream of a command."""
+        try:
+            return os.stat(self.stream(identity, stream)).st_size
+        except FileNotFoundError:
+            return 0
+
+    def read_stream(self, identity: str, stream: str, offset: int, limit: int) -> bytes:
+        """Return up to *limit* bytes of a stream of a command, from *offset* on."""
+        try:
+            with open(self.stream(identity, stream), "rb", buffering=0) as file:
+                return os.pread(file.fileno(), limit, offset)
+        except FileNotFoundError:
+            return b""
 
     def wait(self, revision: int, seconds: float) -> None:
         """Return when there is a revision above *revision*, the time is over, or the store is closed."""
@@ -1316,6 +1394,31 @@ class Store:
             self._commit_queue()
         return answer.result()
 
+    def append(self, identity: str, stream: str, offset: int, piece: bytes) -> int:
+        """Put *piece* at *offset* of a stream of a command, as far as it fits, durably; return how much there is.
+
+        The same once more changes nothing. Raises Conflict if something before *offset* is missing.
+        """
+        path = self.stream(identity, stream)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                size = os.fstat(fd).st_size
+                if offset > size and size < OUTPUT_BYTES:
+                    raise Conflict(
+                        f"offset: there are {size} bytes of {stream}; what comes after is missing", size=size
+                    )
+                os.lseek(fd, offset, os.SEEK_SET)
+                write_all(fd, piece[: max(0, OUTPUT_BYTES - offset)])
+                os.fdatasync(fd)
+                if size == 0:
+                    sync_folder(path.parent)
+                return os.fstat(fd).st_size
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise refusal_of(error) from None
+
     def _commit_queue(self) -> None:
         """Commit whatever waits, as the one thread that does."""
         if self._together > 1:
@@ -1354,7 +1457,7 @@ class Store:
                 pen = trial
             except Exception as error:  # a rule is its caller's code: the error is raised there, the others go on
                 answer.set_exception(error)
-        if pen.lines or pen.history or pen.spoiled:
+        if pen.lines or pen.history or pen.unwanted:
             self._write(pen)
         for key, when in looked.items():
             if self._suspects.get(key) == when:
@@ -1377,7 +1480,7 @@ class Store:
         self._sound = False  # should a rename fail: the journal has it, so whoever comes next completes it
         try:
             put_in_place(files)
-            for path in pen.spoiled - {file.path for file in files}:
+            for path in pen.unwanted - {file.path for file in files}:
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise Broken(f"{error.strerror}; the change will be completed later: look before you repeat it") from None
@@ -1552,7 +1655,7 @@ class Store:
     def _make_folders(self) -> None:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.chmod(self.directory, 0o700)
-        for name in ("deleted", *(f"deleted/{kind}" for kind in KINDS), "history", "quarantine", *KINDS):
+        for name in ("deleted", *(f"deleted/{kind}" for kind in KINDS), "history", "output", "quarantine", *KINDS):
             (self.directory / name).mkdir(mode=0o700, exist_ok=True)
 
     def _begin(self, lines: list[Line], standing: dict[tuple[str, str, str], Line]) -> None:
@@ -1583,8 +1686,15 @@ class Store:
     def _clear_aside(self) -> None:
         """Remove what was set aside and never entered in the journal: it was not acknowledged."""
         history = (self.directory / "history").glob(".*.json") if self.kinds == KINDS else ()
-        for path in itertools.chain(self._aside(), history):
+        for path in itertools.chain(self._aside(), history, self._orphans()):
             path.unlink()
+
+    def _orphans(self) -> Iterator[Path]:
+        """Yield what deleted commands printed, if their writer did not live to remove it."""
+        for path in (self.directory / "output").iterdir() if "commands" in self.kinds else ():
+            identity = urllib.parse.unquote(path.stem)
+            if ("commands", identity, "delete") in self.recent and identity not in self.entries["commands"]:
+                yield path
 
     def _strangers(self, kinds: Iterable[str]) -> Iterator[Line]:
         """Read the records of *kinds* that the journal does not know, and yield a line for those newer than it.
@@ -1660,13 +1770,28 @@ ROUTES = (
     Route("POST", "/sync", "post_sync", ("since",)),
     Route("POST", "/command", "post_command", ("wait",)),
     Route("GET", "/commands", "get_commands", ("status", "type", "limit")),
+    Route("POST", "/command/<identity:path>/cancel", "post_cancel"),
+    Route("GET", "/command/<identity:path>/output", "get_output", ("stream", "offset", "tail", "wait")),
+    Route("POST", "/command/<identity:path>/output", "post_output", ("stream", "offset", "attempt", "agent", "claim")),
+    Route("POST", "/command/<identity:path>/input", "post_input"),
     Route("GET", "/command/<identity:path>", "get_command", ("wait",)),
     Route("PATCH", "/command/<identity:path>", "patch_command"),
     Route("DELETE", "/<kind:re:conversation|document|command>/<identity:path>", "delete"),
 )
 
 OWN_FIELDS = {"id", "revision"}  # of every record; on the wire the key says the one and the cursor the other
-SET_LATER = {*OWN_FIELDS, "result", "error", "outcome", "agent", "attempt", "startedAt", "endedAt", "leaseUntil"}
+SET_LATER = {
+    *OWN_FIELDS,
+    *MARKS,
+    "result",
+    "error",
+    "outcome",
+    "agent",
+    "attempt",
+    "startedAt",
+    "endedAt",
+    "leaseUntil",
+}
 
 
 def refuse_own(own: set[str], record: Record, where: str = "") -> None:
@@ -1735,7 +1860,56 @@ def take_command(pen: Pen, identity: str, command: Record) -> None:
 def report(pen: Pen, identity: str, patch: Record) -> Record:
     """Return the command after an agent's *patch*; raise NotFound, Conflict or Malformed."""
     known = existing("commands", pen.get("commands", identity))
-    return put_command(pen, known, advance(known, check(PATCH, patch, ""), pen.now))
+    check(PATCH, patch, "")
+    if known["type"] == "user_input" and known["status"] == "pending" and patch.get("status") == "completed":
+        known = advance(known, {"status": "processing"}, pen.now)  # a human answers at once
+    return put_command(pen, known, advance(known, patch, pen.now))
+
+
+def queue(pen: Pen, order: Record, key: str = "") -> tuple[Record, bool]:
+    """Return the command that *order* becomes, and whether it is one that was queued before with the same *key*.
+
+    The id is made from the key, so that it is found, and remembered for as long as the command is.
+    Raises Malformed, or Unprocessable if the key was used for another order.
+    """
+    refuse_own(SET_LATER, check_command(order))
+    sha256 = digest(canonical(order))
+    identity = f"cmd-{digest(key.encode())[:32]}" if key else f"cmd-{pen.now}-{secrets.token_hex(5)}"
+    known = pen.get("commands", identity) if key else None
+    if known and known.get("orderSha256") != sha256:
+        raise Unprocessable("Idempotency-Key: another command was queued with this key", commandId=identity)
+    if known:
+        return known, True
+    marks = {"idempotencyKey": key, "orderSha256": sha256} if key else {}
+    return put_command(pen, None, {"id": identity, **new_command(order, pen.now), **marks}), False
+
+
+def cancel_command(pen: Pen, identity: str) -> Record:
+    """Return the command after someone wanted it to end; raise NotFound or Conflict."""
+    known = existing("commands", pen.get("commands", identity))
+    return put_command(pen, known, cancel(known, pen.now))
+
+
+def type_in(pen: Pen, identity: str, typed: bytes, offset: int | None, close: bool) -> Record:
+    """Return the command after *typed* was added to its stdin; what it has already, by its *offset*, is left out."""
+    known = existing("commands", pen.get("commands", identity))
+    size, ended = known.get("inputSize", 0), known["status"] in ENDED
+    if ended or not known.get("stdin"):
+        why = f"has ended, as {known['status']}" if ended else 'reads nothing: it was queued without "stdin": true'
+        raise Conflict(f"{identity} {why}", status=known["status"])
+    if offset is not None and offset > size:
+        raise Conflict(f"offset: {size} bytes were sent so far; what comes after is missing", size=size)
+    typed = typed[size - (size if offset is None else offset) :]
+    if typed and known.get("inputClosed"):
+        raise Conflict(f"the stdin of {identity} was closed", size=size)
+    if size + len(typed) > INPUT_BYTES:
+        raise TooLarge(f"a command reads up to {INPUT_BYTES} bytes; put more into a file", limit=INPUT_BYTES)
+    if typed:
+        pen.type_in(identity, size, typed)
+    marks = {"inputSize": size + len(typed), "inputClosed": close or known.get("inputClosed", False)}
+    return put_command(
+        pen, known, {**known, **marks} if marks.items() <= known.items() else {**known, **marks, "updatedAt": pen.now}
+    )
 
 
 def put_command(pen: Pen, known: Record | None, command: Record) -> Record:
@@ -1777,10 +1951,10 @@ class Service:
         for route in ROUTES:
             self.app.route(route.path, route.method, getattr(self, route.handler), public=route.public)
 
-    def apply(self, handler: Callable[..., Any], route: Any) -> Callable[..., bytes]:
+    def apply(self, handler: Callable[..., Any], route: Any) -> Callable[..., Any]:
         return lambda **arguments: self.answer(lambda: handler(**arguments), route.config.get("public", False))
 
-    def unrouted(self, error: Any) -> bytes:
+    def unrouted(self, error: Any) -> Any:
         """Answer what Bottle could not route: 404 and 405, for who has a token."""
 
         def refuse() -> None:
@@ -1792,8 +1966,8 @@ class Service:
 
         return self.answer(refuse, public=False)
 
-    def answer(self, handler: Callable[[], Any], public: bool) -> bytes:
-        """Return the body of what *handler* answers or raises, and set the status and the headers."""
+    def answer(self, handler: Callable[[], Any], public: bool) -> Any:
+        """Return the body, bytes or a file, of what *handler* answers or raises, and set the status and the headers."""
         request, response = bottle.request, bottle.response
         identity = header("X-Request-Id")
         identity = identity if re.fullmatch(r"[\w.-]{1,64}", identity, re.ASCII) else secrets.token_hex(8)
@@ -1813,6 +1987,8 @@ class Service:
             log.exception("request %s: %s %s failed", identity, request.method, request.path)
             response.status = 500
             body = {"error": "Internal Server Error", "message": "see the log for this request", "requestId": identity}
+        if hasattr(body, "read"):  # a file: Bottle hands it on
+            return body
         return self.compress(body if isinstance(body, bytes) else msgspec.json.encode(body))
 
     def compress(self, body: bytes) -> bytes:
@@ -1832,20 +2008,30 @@ class Service:
 
     def body(self) -> Record:
         """Return the JSON object that was sent; raise NotJson, TooLarge or Malformed."""
-        request = bottle.request
         kind = header("Content-Type").partition(";")[0].strip().lower()
         if kind not in ("", "application/json") and not kind.endswith("+json"):
             raise NotJson(f"the body is {kind}; send JSON, with Content-Type: application/json")
-        length = max(0, request.content_length)
-        if length > BODY_BYTES:
-            raise TooLarge(f"the body has {length} bytes, {BODY_BYTES} are possible", limit=BODY_BYTES)
-        raw = request.environ["wsgi.input"].read(length)
+        raw = self.raw()
         if not raw.strip():
             raise Malformed("", "the body is empty; a JSON object belongs there")
         try:
             return check(dict[str, Any], parse(raw), "")  # type: ignore[no-any-return]
         except Malformed as problem:
             raise Malformed("", f"the body is no JSON object: {problem}") from None
+
+    def raw(self) -> bytes:
+        """Return the bytes that were sent; raise TooLarge."""
+        length = max(0, bottle.request.content_length)
+        if length > BODY_BYTES:
+            raise TooLarge(f"the body has {length} bytes, {BODY_BYTES} are possible", limit=BODY_BYTES)
+        return bottle.request.environ["wsgi.input"].read(length)  # type: ignore[no-any-return]
+
+    def number(self, name: str, default: int = -1) -> int:
+        """Return the whole number that the query parameter *name* is, or *default* if it is not there."""
+        text = bottle.request.query.get(name)
+        if text is not None and not re.fullmatch(r"[0-9]{1,15}", text):
+            raise Malformed(name, "must be a whole number")
+        return default if text is None else int(text)
 
     def seconds(self, name: str = "wait") -> float:
         """Return how long (s) the caller is ready to wait, at most WAIT_S."""
@@ -1862,8 +2048,11 @@ class Service:
                 raise Malformed(name, f"{part!r} is not one of {', '.join(possible)}")
         return names
 
-    def hold(self, ready: Callable[[], Any], seconds: float) -> None:
-        """Return when *ready* says so, or after *seconds*; at once if too many requests are held already."""
+    def hold(self, ready: Callable[[], Any], seconds: float, pause: float = GONE_S) -> None:
+        """Return when *ready* says so, or after *seconds*; at once if too many requests are held already.
+
+        It is asked at every change, and after every *pause* (s).
+        """
         until = time.monotonic() + seconds
         if seconds <= 0 or not self.waiters.acquire(blocking=False):
             return
@@ -1873,7 +2062,7 @@ class Service:
                 revision = self.store.revision
                 if ready():
                     return
-                self.store.wait(revision, min(left, GONE_S))
+                self.store.wait(revision, min(left, pause))
         finally:
             self.waiters.release()
 
@@ -1951,20 +2140,21 @@ class Service:
         return b'{"status":"%s","data":%s}' % (status.encode(), state)
 
     def post_command(self) -> Any:
-        """Queue a command: {"commandId", "status": "pending"}. ?wait=SECONDS answers when it has ended."""
-        order = check_command(self.body())
-        refuse_own(SET_LATER, order)
-        seconds = self.seconds()
+        """Queue a command: {"commandId", "status": "pending"}. ?wait=SECONDS answers when it has ended.
 
-        def queue(pen: Pen) -> str:
-            identity = f"cmd-{pen.now}-{secrets.token_hex(5)}"
-            put_command(pen, None, {"id": identity, **new_command(order, pen.now)})
-            return identity
-
-        identity = self.store.change(queue)
+        With a header Idempotency-Key it can be sent again without harm: for as long as the command is kept, the
+        same key with the same body answers as that command stands, and with another body 422.
+        """
+        order, seconds, key = self.body(), self.seconds(), header("Idempotency-Key")
+        if not re.fullmatch(rf"[ -~]{{0,{KEY_CHARACTERS}}}", key):
+            raise Malformed("Idempotency-Key", f"must be up to {KEY_CHARACTERS} characters of ASCII")
+        command, known = self.store.change(lambda pen: queue(pen, order, key))
+        if known:
+            bottle.response.set_header("Idempotent-Replayed", "true")
+        identity = command["id"]
         self.hold_until_ended(identity, seconds)
         entry = self.store.get("commands", identity)
-        shown = entry.record(identity) if entry and seconds else {"status": "pending"}
+        shown = entry.record(identity) if entry and seconds else {"status": command["status"]}
         return {"commandId": identity, **without(shown, "id")}
 
     def get_commands(self) -> Record:
@@ -1997,6 +2187,80 @@ class Service:
         patch = self.body()
         changed = self.store.change(lambda pen: report(pen, identity, patch))
         return without(changed, "id")
+
+    def post_cancel(self, identity: str) -> Record:
+        """Cancel a command; the answer is all of it. One that is pending ends at once.
+
+        For one that is being executed the answer has "cancelRequested": its agent ends all that it has started, by
+        INT, after 2 s TERM, after 5 s more KILL, and reports the outcome: cancelled, or ok if it was done before.
+        """
+        return without(self.store.change(lambda pen: cancel_command(pen, identity)), "id")
+
+    def get_output(self, identity: str) -> Any:
+        """What a command has printed so far, as bytes: of ?stream=stdout, stderr, or stdin (what was sent to it).
+
+        From ?offset=N on, or the last ?tail=N bytes. ?wait=SECONDS answers when there is any, or it has ended.
+        The header X-Output-Next is the offset to go on at; with X-Output-End: true there will be no more.
+        """
+        stream, offset, tail = self.stream(STREAMS), self.number("offset", 0), self.number("tail")
+
+        def ready() -> bool:
+            entry = self.store.get("commands", identity)
+            return entry is None or entry.status() in ENDED or self.store.extent(identity, stream) > offset
+
+        self.hold(ready, self.seconds(), OUTPUT_POLL_S)
+        command = existing("commands", self.store.get("commands", identity)).record(identity)
+        size = command.get("inputSize", 0) if stream == "stdin" else self.store.extent(identity, stream)
+        start = offset if tail < 0 else max(0, size - tail)
+        if start > size:
+            raise Malformed("offset", f"there are {size} bytes of {stream}")
+        headers = {"X-Output-Offset": start, "X-Output-Next": size, "X-Output-End": command["status"] in ENDED}
+        for name, value in {**headers, "X-Command-Status": command["status"]}.items():
+            bottle.response.set_header(name, str(value).lower())
+        bottle.response.set_header("X-Content-Type-Options", "nosniff")
+        bottle.response.content_type = "text/plain; charset=utf-8"
+        if start == size:
+            return b""
+        bottle.response.set_header("Content-Length", str(size - start))
+        file = open(self.store.stream(identity, stream), "rb")  # noqa: SIM115  the server closes it
+        file.seek(start)
+        return file
+
+    def post_output(self, identity: str) -> Record:
+        """Add to what a command that is being executed has printed; for agents. The body is bytes: {"size"}.
+
+        ?stream= is stdout or stderr, ?offset= where the bytes belong: sent again they change nothing. With
+        ?attempt=, ?agent= and ?claim= they are taken only from who holds the command. 64 MiB are kept.
+        """
+        stream, offset, query = self.stream(("stdout", "stderr")), self.number("offset"), bottle.request.query
+        if offset < 0:
+            raise Malformed("offset", "is required")
+        command = existing("commands", self.store.get("commands", identity)).record(identity)
+        if command["status"] != "processing":
+            raise Conflict(f"{identity} is {command['status']}: it prints nothing", status=command["status"])
+        held: Record = {name: query[name] for name in ("agent", "claim") if name in query}
+        check_holder(command, {**held, "attempt": self.number("attempt", command.get("attempt", 1))})
+        size = self.store.append(identity, stream, offset, self.raw())
+        return {"size": size, **({"truncated": True} if size >= OUTPUT_BYTES else {})}
+
+    def post_input(self, identity: str) -> Record:
+        """Send {"data"} to the stdin of a command that was queued with "stdin": true; "close": true ends it.
+
+        The answer is how much was sent by now: {"size", "closed"}. With "offset", where the data belongs (bytes), it
+        can be sent again without harm. "encoding": "base64" is for what is no text.
+        """
+        said = check(INPUT, self.body(), "")
+        typed = decoded(said.get("data", ""), said.get("encoding", "utf-8"))
+        offset, close = said.get("offset"), said.get("close", False)
+        command = self.store.change(lambda pen: type_in(pen, identity, typed, offset, close))
+        return {"size": command["inputSize"], "closed": command["inputClosed"]}
+
+    def stream(self, possible: Iterable[str]) -> str:
+        """Return the query parameter "stream", one of those that are *possible*."""
+        stream = str(bottle.request.query.get("stream", "stdout"))
+        if stream not in possible:
+            raise Malformed("stream", f"{stream!r} is not one of {', '.join(possible)}")
+        return stream
 
     def delete(self, kind: str, identity: str) -> Record:
         """Remove a conversation, a document, or a command that is not running.
@@ -2046,6 +2310,13 @@ def header(name: str) -> str:
     """Return a header of the request, each byte a character: Bottle's own look-up fails where it is no UTF-8."""
     key = name.upper().replace("-", "_")
     return str(bottle.request.environ.get(key if key == "CONTENT_TYPE" else f"HTTP_{key}", ""))
+
+
+def decoded(text: str, encoding: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True) if encoding == "base64" else text.encode()
+    except ValueError:
+        raise Malformed("data", "is not base64") from None
 
 
 def expire(pen: Pen, identities: list[str], listening: float) -> None:

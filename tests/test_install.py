@@ -160,10 +160,11 @@ def test_help_and_nonsense(checkout):
 
 
 def transcript():
-    """The blocks of the README's first screen, as [(command, [lines it prints])]."""
-    first_screen = (ROOT / "README.md").read_text().partition("\n## ")[0]
+    """The blocks of the README that begin with a prompt, as [(command, [lines it prints])]."""
     parts = []
-    for block in re.findall(r"(?:^    .*\n)+", first_screen, re.MULTILINE):
+    for block in re.findall(r"(?:^    .*\n)+", (ROOT / "README.md").read_text(), re.MULTILINE):
+        if not block.startswith("    $ "):
+            continue
         for line in block.splitlines():
             text = line.removeprefix("    ")
             if text.startswith("$ "):
@@ -194,6 +195,7 @@ def test_the_transcript_of_the_readme_is_true(checkout):
         defined, identity = "", ""
         for command, expected in rest:
             runs = re.sub(r"cmd-\d+-[0-9a-f]+", identity, command).replace("3001", port)
+            runs += '; printf %s "$ID"' if command.startswith("ID=") else ""
             ran = subprocess.run(
                 ["bash", "-c", f"{defined}\n{runs}"],
                 cwd=checkout,
@@ -203,6 +205,9 @@ def test_the_transcript_of_the_readme_is_true(checkout):
                 check=True,
             )
             defined += f"{command}\n" if "() {" in command else ""
+            if name := re.match(r"(\w+)=", command):
+                defined += f"{name[1]}={ran.stdout}\n"
+                continue
             identity = (re.findall(r'"commandId":"(.*?)"', ran.stdout) or [identity])[0]
             assert plain(ran.stdout, checkout).splitlines() == [plain(line, checkout) for line in expected], command
     finally:

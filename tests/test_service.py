@@ -117,9 +117,10 @@ def test_the_openapi_document_is_one_and_names_every_route(client):
 def test_every_query_parameter_that_a_handler_reads_is_in_the_route_table():
     for route in kirosync.ROUTES:
         source = inspect.getsource(getattr(kirosync.Service, route.handler))
-        read = set(re.findall(r'(?:query\.get|listed)\("(\w+)"', source)) | (
-            {"wait"} if "self.seconds()" in source else set()
-        )
+        read = set(re.findall(r'(?:query\.get|listed|number)\("(\w+)"', source))
+        read |= {"wait"} if "self.seconds()" in source else set()
+        read |= {"stream"} if "self.stream(" in source else set()
+        read |= {"agent", "claim"} if '("agent", "claim")' in source else set()
         assert read == set(route.query), route
 
 
