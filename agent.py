@@ -80,7 +80,7 @@ LONGEST_S = 7 * 24 * 3600.0  # whatever it says
 STEPS = ((0.0, signal.SIGINT), (2.0, signal.SIGTERM), (7.0, signal.SIGKILL))  # s after the wish to end it
 STRAY_S = 0.4  # between the steps for those whom the child has left behind
 GIVE_UP_S = 5.0  # after the last step: what is left then cannot be ended
-ENDING_POLL_S = 0.02  # between looks whether all have gone that were to end
+ENDING_POLL_S = 0.005  # between looks whether all have gone that were to end
 DRAIN_S = 0.2  # for output to arrive after the command ended; a child left behind may hold the pipe for ever
 LEASE_S = 45.0  # a claim that is not renewed for so long is lost
 POLL_S = 0.02  # between looks at the folder
@@ -143,23 +143,30 @@ class ForkServer:
 
 
 def serve_forks(line: socket.socket) -> NoReturn:
-    """Fork a supervisor for each message, until the agent is gone."""
+    """Have a supervisor ready, and as soon as that has something to do the next one, until the agent is gone."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):  # the first two are for the agent to heed
         signal.signal(number, signal.SIG_IGN)
     os.setsid()
     for name in os.environ.keys() - public_environment().keys():
         del os.environ[name]
+    for fd in map(int, os.listdir("/proc/self/fd")):  # what we were given is not for children
+        if fd > 2:
+            with contextlib.suppress(OSError):
+                os.set_inheritable(fd, False)
     gc.freeze()
-    while fds := socket.recv_fds(line, 1, 5)[1]:
+    while True:
+        heard, taken = os.pipe()
         try:
             if os.fork() == 0:
-                line.close()
-                supervise(*fds)
+                os.close(heard)
+                supervise(line, taken)
         except OSError as error:
-            os.write(fds[1], json.dumps({"error": f"no process can be started: {error.strerror}"}).encode())
-        for fd in fds:
-            os.close(fd)
-    os._exit(0)
+            log.error("no process can be started: %s; trying again", error.strerror)
+            time.sleep(RETRY_S)
+        os.close(taken)
+        if not os.read(heard, 1):
+            os._exit(0)
+        os.close(heard)
 
 
 def public_environment() -> dict[str, str]:
@@ -167,55 +174,52 @@ def public_environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith("KIROSYNC_")}
 
 
-def supervise(paper: int, line_fd: int, *streams: int) -> NoReturn:
+def supervise(orders: socket.socket, taken: int) -> NoReturn:
     """Be the process between the agent and one child, which adopts whatever the child's children leave behind.
 
-    Over the line it is told to end the child by any message, and to kill it by the silence of an agent that
+    Over a line of its own it is told to end the child by any message, and to kill it by the silence of an agent that
     died; it says once how the child ended: {"code": exit code, "ended": whether it was told to, "left": [pids
     that could not be killed]}, or {"error"}. What a child that ends by itself leaves behind lives on.
     """
+    LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)
+    ear, mouth = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+    for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):  # heard or not; what is ignored stays so in a child
+        signal.signal(number, lambda *_: None)
+    fds = socket.recv_fds(orders, 1, 5, socket.MSG_CMSG_CLOEXEC)[1]
+    if not fds:  # the agent is gone
+        os._exit(0)
+    orders.close()
+    paper, line_fd, *streams = fds
     line = socket.socket(fileno=line_fd)
     try:
-        LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)
-        ear, mouth = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
-        for number in (
-            signal.SIGCHLD,
-            signal.SIGINT,
-            signal.SIGTERM,
-        ):  # heard or not; what is ignored stays so in a child
-            signal.signal(number, lambda *_: None)
         with open(paper) as order:
             order.seek(0)
-            child = begin(json.load(order), streams)
-        for fd in streams:
-            os.close(fd)
-        said = attend(child, line, ear)
+            child, said = begin(json.load(order), streams), {}
     except OSError as error:
-        said = {"error": explain(error)}
+        child, said = 0, {"error": explain(error)}
     except ValueError as error:  # a NUL byte in the command
-        said = {"error": str(error)}
+        child, said = 0, {"error": str(error)}
+    os.write(taken, b"!")  # only now: to fork the next one takes as long as all of this
+    for fd in (taken, *streams):
+        os.close(fd)
+    said = said or attend(child, line, ear)
     with contextlib.suppress(OSError):  # nobody is left to hear it
         line.send(json.dumps(said).encode())
     os._exit(0)
 
 
-def begin(order: Record, streams: tuple[int, ...]) -> int:
-    """Start {argv, cwd, env, pty}, or {command, roots} for an executor of ours; return the number of the process."""
+def begin(order: Record, streams: Sequence[int]) -> int:
+    """Start {argv, cwd, env}, or {command, roots} for an executor of ours; return the number of the process."""
     if "argv" in order:
-        stdin, stdout, stderr = streams
-        child = subprocess.Popen(
-            order["argv"],
-            cwd=order["cwd"],
-            env=order["env"],
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            start_new_session=True,
-            preexec_fn=own_terminal if order["pty"] else None,  # noqa: PLW1509  there is one thread
+        os.chdir(order["cwd"])
+        places: list[Any] = [(os.POSIX_SPAWN_DUP2, fd, place) for place, fd in enumerate(streams)]
+        if os.isatty(streams[1]):  # to open it in a session of its own is to have it as its terminal
+            places.insert(0, (os.POSIX_SPAWN_OPEN, 0, os.ttyname(streams[1]), os.O_RDWR, 0))
+        heeded = (signal.SIGPIPE, signal.SIGXFSZ)  # Python ignores them, and what is ignored stays so in a child
+        return os.posix_spawn(
+            order["argv"][0], order["argv"], order["env"], file_actions=places, setsid=True, setsigdef=heeded
         )
-        child.returncode = 0  # else it would take note of the end itself, when it is collected
-        return child.pid
     pid = os.fork()
     if pid == 0:
         os.setsid()
@@ -227,10 +231,6 @@ def begin(order: Record, streams: tuple[int, ...]) -> int:
             os.dup2(fd, place)
         execute_here(**order)
     return pid
-
-
-def own_terminal() -> None:
-    fcntl.ioctl(1, termios.TIOCSCTTY, 0)
 
 
 def attend(child: int, line: socket.socket, ear: int) -> Record:
@@ -362,6 +362,7 @@ class Run:
         self.line: socket.socket | None = None  # to the supervisor of its child
         self.why = ""  # it is to end: one of WHY
         self.over = threading.Event()  # the child has ended
+        self.told: set[str] = set()  # the streams that the result tells to the letter
 
     def see(self, command: Record) -> None:
         """Take note of what others want of it."""
@@ -416,7 +417,6 @@ def run_child(run: Run, order: Record, streams: dict[str, Capture]) -> Ended:
         said = collect(run, line, {fd: streams[name] for name, fd in ours.items()}, started)
     finally:
         run.line = None
-        run.over.set()
         line.close()
         for fd in ours.values():
             os.close(fd)
@@ -508,14 +508,15 @@ def path_of(command: Record, default: str = "") -> Path:
 
 def execute_bash(run: Run) -> Record:
     """Run a command line; {stdout, stderr, exitCode, durationMs}, and truncated and size where one was cut."""
-    command, pty = run.command, run.command.get("pty", False)
-    terminal = {"TERM": "xterm-256color"} if pty else {}
+    command = run.command
+    terminal = {"TERM": "xterm-256color"} if command.get("pty") else {}
     shell = shutil.which("bash") or "/bin/sh"
     order: Record = {"argv": [shell, "-c", command["command"]], "cwd": str(folder_of(command))}
-    order |= {"env": {**public_environment(), **terminal, **command.get("env", {})}, "pty": pty}
+    order |= {"env": {**public_environment(), **terminal, **command.get("env", {})}}
     streams = {name: Capture(STREAM_BYTES, run.paths.get(name)) for name in ("stdout", "stderr")}
     ended = run_child(run, order, streams)
     result: Record = {name: stream.text() for name, stream in streams.items()}
+    run.told = {name for name, stream in streams.items() if result[name].encode() == stream.head + stream.tail}
     result |= {"exitCode": ended.code, "durationMs": ended.milliseconds}
     if any(stream.left_out for stream in streams.values()):
         result |= {"truncated": True, "size": {name: stream.size for name, stream in streams.items()}}
@@ -1366,7 +1367,7 @@ class Delivery:
     def move(self, link: Link) -> bool:
         """Send the next piece; return whether there was one."""
         path = self.run.paths[self.stream]
-        if not path.exists():
+        if not path.exists() or (self.start < 0 and self.stream in self.run.told):
             return False
         with open(path, "rb") as file:
             piece = os.pread(file.fileno(), PIECE_BYTES, self.sent)

@@ -65,7 +65,7 @@ import threading
 import time
 import urllib.parse
 import zlib
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict, TypeVar, get_args, get_origin
@@ -186,7 +186,7 @@ SLACK_LINES = 1000  # a journal is compacted when it is twice its records and th
 EPOCHS = 256  # starts of a service that cursors are remembered for
 GZIP_BYTES = 1024  # smaller answers gain nothing
 CONNECTIONS = 1000  # open at once: each takes a descriptor, few of them a thread
-THREADS = 16  # of the server; a long poll holds one
+THREADS = 160  # of the server; a long poll holds one, and most may be held
 
 
 # ---------------------------------------------------------------------------------------- Rules
@@ -266,6 +266,8 @@ ORDERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
 }
 COMMANDS = {kind: shape(required, {**ORDER, **optional}) for kind, (required, optional, _) in ORDERS.items()}
+
+TYPED = shape({"type": Name}, {})
 
 # What an agent may say of a command, and what a command says beside what was ordered.
 REPORT = {
@@ -541,7 +543,7 @@ ENDED = {status for status, following in NEXT.items() if not following}
 
 def check_command(order: Record, where: str = "") -> Record:
     """Return *order* if it has all that its type requires; raise Malformed naming the field."""
-    check(shape({"type": Name}, {}), order, where)
+    check(TYPED, order, where)
     if order["type"] not in COMMANDS:
         known = ", ".join(COMMANDS)
         raise Malformed(f"{where}.type".lstrip("."), f"{order['type']!r} is not one of {known}")
@@ -737,6 +739,11 @@ class Line(msgspec.Struct, frozen=True):
     id: str
     op: str
     crc: int = 0
+
+    def topics(self) -> Iterator[tuple[str, ...]]:
+        """Yield what those may wait for who are to be told of it."""
+        yield (self.kind,)
+        yield self.kind, self.id
 
 
 class Entry(NamedTuple):
@@ -1274,7 +1281,8 @@ class Store:
         self.recent: dict[tuple[str, str, str], int] = {}  # (kind, id, op): revision, oldest first
         self.epochs: list[tuple[str, int]] = []  # each start of a store, and the revision it began at
         self.revision, self.last_update = 0, 0.0
-        self.changed = threading.Condition()  # guards what is shown to readers; told of every change
+        self.shown = threading.RLock()  # guards what readers see
+        self.waiting: dict[tuple[str, ...], set[threading.Event]] = {}  # (kind,) or (kind, id): who is to be told of it
         self.closed = False
         self._queue: list[tuple[Callable[[Pen], Any], Future[Any]]] = []
         self._queued = threading.Condition()  # guards the queue; told when a commit has ended
@@ -1319,7 +1327,7 @@ class Store:
     def delta(self, cursor: str | None) -> Delta:
         """Return what changed after *cursor*; everything, if it is None or not known here."""
         self.refresh()
-        with self.changed:
+        with self.shown:
             since = self._since(cursor)
             if since is None:
                 everything = {kind: dict(self.entries[kind]) for kind in self.kinds}
@@ -1338,7 +1346,7 @@ class Store:
 
     def get(self, kind: str, identity: str) -> Entry | None:
         self.refresh()
-        with self.changed:
+        with self.shown:
             return self.entries[kind].get(identity)
 
     def extent(self, identity: str, stream: str) -> int:
@@ -1356,10 +1364,23 @@ class Store:
         except FileNotFoundError:
             return b""
 
-    def wait(self, revision: int, seconds: float) -> None:
-        """Return when there is a revision above *revision*, the time is over, or the store is closed."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.revision > revision or self.closed, seconds)
+    def wait(self, revision: int, topics: Iterable[tuple[str, ...]], seconds: float) -> None:
+        """Return when something above *revision* is about one of *topics*, the time is over, or the store is closed.
+
+        A topic is (kind,) or (kind, id). It may return early, and wakes nobody whom a change does not concern.
+        """
+        bell = threading.Event()
+        with self.shown:
+            if self.revision > revision or self.closed:
+                return
+            for topic in topics:
+                self.waiting.setdefault(topic, set()).add(bell)
+        bell.wait(seconds)
+        with self.shown:
+            for topic in topics:
+                self.waiting[topic].discard(bell)
+                if not self.waiting[topic]:
+                    del self.waiting[topic]
 
     def refresh(self) -> None:
         """Take in what other processes have journaled. Costs one stat when there is nothing new."""
@@ -1490,7 +1511,7 @@ class Store:
 
     def _show(self, pen: Pen, stamps: dict[Path, Stamp]) -> None:
         """Let readers see what *pen* wrote."""
-        with self.changed:
+        with self.shown:
             for (kind, identity), entry in pen.entries.items():
                 if entry is None:
                     self.entries[kind].pop(identity, None)
@@ -1499,7 +1520,14 @@ class Store:
                     self.entries[kind][identity] = entry._replace(stamp=stamp)
             for line in pen.lines:
                 self._note(line)
-            self.changed.notify_all()
+            self._ring(pen.lines)
+
+    def _ring(self, lines: Iterable[Line] | None) -> None:
+        """Tell those who wait for what *lines* are about; everyone, if that is None."""
+        topics = self.waiting.keys() if lines is None else {topic for line in lines for topic in line.topics()}
+        for topic in topics & self.waiting.keys():
+            for bell in self.waiting[topic]:
+                bell.set()
 
     def _trim(self, history: Iterable[File]) -> None:
         """Keep the latest versions of each document that *history* was added to."""
@@ -1608,7 +1636,7 @@ class Store:
         if anew:
             self._journal.close()
             self._journal = Journal(self._journal.path)
-        with self.changed:
+        with self.shown:
             if anew:
                 self.recent, self.epochs, self.revision, self.last_update = {}, [], 0, 0.0
                 self.entries = {kind: {} for kind in KINDS}
@@ -1622,7 +1650,7 @@ class Store:
             self._take_in(standing)
             if anew:
                 self._begin(lines, standing)
-            self.changed.notify_all()
+            self._ring(None if anew else lines)
         self._sound = True
 
     def _finish(self, lines: Iterable[Line]) -> None:
@@ -1727,9 +1755,9 @@ class Store:
 
     def release(self) -> None:
         """Let go of everyone who waits for a change."""
-        with self.changed:
+        with self.shown:
             self.closed = True
-            self.changed.notify_all()
+            self._ring(None)
 
     def close(self) -> None:
         self.release()
@@ -2048,10 +2076,12 @@ class Service:
                 raise Malformed(name, f"{part!r} is not one of {', '.join(possible)}")
         return names
 
-    def hold(self, ready: Callable[[], Any], seconds: float, pause: float = GONE_S) -> None:
+    def hold(
+        self, ready: Callable[[], Any], seconds: float, topics: Sequence[tuple[str, ...]], pause: float = GONE_S
+    ) -> None:
         """Return when *ready* says so, or after *seconds*; at once if too many requests are held already.
 
-        It is asked at every change, and after every *pause* (s).
+        It is asked at every change of the *topics* (see Store.wait), and after every *pause* (s).
         """
         until = time.monotonic() + seconds
         if seconds <= 0 or not self.waiters.acquire(blocking=False):
@@ -2062,7 +2092,7 @@ class Service:
                 revision = self.store.revision
                 if ready():
                     return
-                self.store.wait(revision, min(left, pause))
+                self.store.wait(revision, topics, min(left, pause))
         finally:
             self.waiters.release()
 
@@ -2111,7 +2141,7 @@ class Service:
         since, seconds = query.get("since"), self.seconds()
         kinds = kinds or list(KINDS)
         if since:
-            self.hold(lambda: self.store.delta(since).touches(kinds, statuses), seconds)
+            self.hold(lambda: self.store.delta(since).touches(kinds, statuses), seconds, [(kind,) for kind in kinds])
         delta = self.store.delta(since)
         tag = f'W/"{delta.cursor}"'
         bottle.response.set_header("ETag", tag)
@@ -2208,9 +2238,10 @@ class Service:
             entry = self.store.get("commands", identity)
             return entry is None or entry.status() in ENDED or self.store.extent(identity, stream) > offset
 
-        self.hold(ready, self.seconds(), OUTPUT_POLL_S)
+        self.hold(ready, self.seconds(), [("commands", identity)], OUTPUT_POLL_S)
         command = existing("commands", self.store.get("commands", identity)).record(identity)
-        size = command.get("inputSize", 0) if stream == "stdin" else self.store.extent(identity, stream)
+        told = b"" if self.store.extent(identity, stream) else told_by(command, stream)
+        size = command.get("inputSize", 0) if stream == "stdin" else len(told) or self.store.extent(identity, stream)
         start = offset if tail < 0 else max(0, size - tail)
         if start > size:
             raise Malformed("offset", f"there are {size} bytes of {stream}")
@@ -2219,8 +2250,8 @@ class Service:
             bottle.response.set_header(name, str(value).lower())
         bottle.response.set_header("X-Content-Type-Options", "nosniff")
         bottle.response.content_type = "text/plain; charset=utf-8"
-        if start == size:
-            return b""
+        if told or start == size:
+            return told[start:]
         bottle.response.set_header("Content-Length", str(size - start))
         file = open(self.store.stream(identity, stream), "rb")  # noqa: SIM115  the server closes it
         file.seek(start)
@@ -2284,7 +2315,7 @@ class Service:
             entry = self.store.get("commands", identity)
             return entry is None or entry.status() in ENDED
 
-        self.hold(ended, seconds)
+        self.hold(ended, seconds, [("commands", identity)])
 
     def sweep(self) -> None:
         """End the commands that are overdue, as they become so, until the store is closed."""
@@ -2310,6 +2341,12 @@ def header(name: str) -> str:
     """Return a header of the request, each byte a character: Bottle's own look-up fails where it is no UTF-8."""
     key = name.upper().replace("-", "_")
     return str(bottle.request.environ.get(key if key == "CONTENT_TYPE" else f"HTTP_{key}", ""))
+
+
+def told_by(command: Record, stream: str) -> bytes:
+    """Return what the result of a command says of a stream that there is no file of."""
+    result = command.get("result")
+    return str(result.get(stream, "")).encode() if isinstance(result, dict) else b""
 
 
 def decoded(text: str, encoding: str) -> bytes:
