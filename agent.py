@@ -70,6 +70,7 @@ PIPE_BYTES = 256 << 10  # between a child and us: it need not wait for us so oft
 PIECE_BYTES = 1 << 20  # of output that is sent to the service at once
 ANSWER_BYTES = 16 << 20  # of what an executor may answer
 READ_BYTES = 8 << 20  # of a file that a result holds, unless it asks for less
+HASHED_BYTES = 4 << 30  # of a larger file no sha256 is told: it would take longer than reading its end
 ENTRIES = 10_000  # of a directory that a result holds
 MATCHES = 1_000  # of a search that a result holds
 LINE_CHARACTERS = 1_000  # of a line that a match shows
@@ -186,7 +187,9 @@ def supervise(orders: socket.socket, taken: int) -> NoReturn:
     signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
     for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):  # heard or not; what is ignored stays so in a child
         signal.signal(number, lambda *_: None)
-    fds = socket.recv_fds(orders, 1, 5, socket.MSG_CMSG_CLOEXEC)[1]
+    fds = socket.recv_fds(orders, 1, 5)[1]
+    for fd in fds:
+        os.set_inheritable(fd, False)  # recv_fds of Python 3.11 does not pass on a flag that would have it so
     if not fds:  # the agent is gone
         os._exit(0)
     orders.close()
@@ -620,8 +623,8 @@ def as_content(raw: bytes) -> Record:
 def read_file(command: Record) -> Record:
     """Read a file; {content, encoding, size, sha256}, of all or of offset/limit/tail bytes; truncated if cut."""
     with open_file(path_of(command)) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        size = file.tell()
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.file_digest(file, "sha256").hexdigest() if size <= HASHED_BYTES else None
         offset = max(0, size - command["tail"]) if "tail" in command else command.get("offset", 0)
         file.seek(offset)
         wanted = min(command.get("limit", size), max(0, size - offset))
@@ -848,9 +851,10 @@ def aws_operation(command: Record) -> Any:
         operation = spelled("operation", command["operation"], operations)
         known = client.meta.service_model.operation_model(operations[operation]).input_shape
         members = known.members if known else {}
-        parameters = {spelled("parameters", key, members): value for key, value in command["parameters"].items()}
+        parameters = {spelled("parameters", key, members): sent(value) for key, value in command["parameters"].items()}
         if command.get("paginate") and client.can_paginate(operation):
-            return client.get_paginator(operation).paginate(**parameters).build_full_result()
+            pages = {"MaxItems": command["limit"]} if "limit" in command else {}
+            return client.get_paginator(operation).paginate(**parameters, PaginationConfig=pages).build_full_result()
         return getattr(client, operation)(**parameters)
     except refused.ClientError as error:
         said = error.response.get("Error", {})
@@ -875,17 +879,35 @@ def spelled(field: str, given: str, known: Iterable[str]) -> str:
     return plain_names[name]
 
 
+def sent(value: Any) -> Any:
+    """Return a parameter as boto3 wants it: bytes for {"content", "encoding": "base64"}, however deep."""
+    if isinstance(value, list):
+        return [sent(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"content", "encoding"} and value["encoding"] == "base64":
+        try:
+            return base64.b64decode(value["content"], validate=True)
+        except (ValueError, TypeError):
+            raise Failed("parameters: a content is not base64") from None
+    return {key: sent(each) for key, each in value.items()}
+
+
 def plain(value: Any) -> Any:
-    """Return as JSON what boto3 answers beside it: moments, bytes, streams, sets."""
+    """Return as JSON what boto3 answers beside it: moments as text, and bytes and streams too, if they are UTF-8.
+
+    Other bytes are {"content", "encoding": "base64"}; of a stream that is cut "truncated" is true.
+    """
     if hasattr(value, "isoformat"):
         return value.isoformat()
+    cut = False
     if hasattr(value, "read"):
-        value = value.read(READ_BYTES)
+        raw = value.read(READ_BYTES + 1)
+        value, cut = raw[:READ_BYTES], len(raw) > READ_BYTES
     if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError:
-            return base64.b64encode(value).decode()
+        content = as_content(value)
+        whole = {**content, "truncated": True} if cut else content
+        return content["content"] if whole == {**content, "encoding": "utf-8"} else whole
     return sorted(value) if isinstance(value, set) else str(value)
 
 

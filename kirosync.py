@@ -250,7 +250,7 @@ ORDERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "aws_operation": (
         {"service": Text, "operation": Text, "parameters": dict[str, Any]},
-        {"region": Text, "profile": Text, "paginate": bool},
+        {"region": Text, "profile": Text, "paginate": bool, "limit": Count},
         "the response; if AWS refused: code, message, requestId",
     ),
     "code_search": (
@@ -2240,8 +2240,13 @@ class Service:
 
         self.hold(ready, self.seconds(), [("commands", identity)], OUTPUT_POLL_S)
         command = existing("commands", self.store.get("commands", identity)).record(identity)
-        told = b"" if self.store.extent(identity, stream) else told_by(command, stream)
-        size = command.get("inputSize", 0) if stream == "stdin" else len(told) or self.store.extent(identity, stream)
+        size, told = self.store.extent(identity, stream), b""
+        if stream == "stdin":
+            size = command.get("inputSize", 0)
+            told = self.store.read_stream(identity, stream, 0, size)  # there may be more, which was not acknowledged
+        elif not size:
+            told = told_by(command, stream)
+            size = len(told)
         start = offset if tail < 0 else max(0, size - tail)
         if start > size:
             raise Malformed("offset", f"there are {size} bytes of {stream}")
