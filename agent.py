@@ -969,6 +969,8 @@ class Policy(NamedTuple):
         >>> Policy(refuse=[Rule({"command": re.compile("mkfs")}, "no disks")]).judge({"command": "sudo mkfs"})
         ('refuse', 'no disks')
         """
+        if self.types and command.get("type") not in self.types:
+            return "refuse", f"it does not do {command.get('type')}"
         for verdict, rules in (("refuse", self.refuse), ("ask", self.ask)):
             for rule in rules:
                 if rule.covers(command):
@@ -997,11 +999,13 @@ def read_policy(path: Path) -> Policy:
     """Return what the TOML file *path* says; raise BadPolicy with the line and the reason if any of it is not clear."""
     try:
         text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadPolicy(explain(error) if isinstance(error, OSError) else f"{path}: {error}") from None
+    try:
         said = tomllib.loads(text)
-    except OSError as error:
-        raise BadPolicy(explain(error)) from None
     except ValueError as error:  # it tells the line
-        raise BadPolicy(f"{path}: {error}") from None
+        where = str(error).replace("at end of document", f"at line {text.count(chr(10)) + 1}, the end")
+        raise BadPolicy(f"{path}: {where}") from None
     try:
         return Policy(**{key: meaning(key, value) for key, value in said.items()})
     except BadPolicy as problem:
@@ -1074,17 +1078,15 @@ def read_rule(table: Record, name: str, number: int) -> Rule:
 
 def line_of(text: str, key: str, table: str, number: int) -> int:
     """Return the line in the TOML *text* that sets *key*, in the *number*-th [[table]] if there is one."""
-    here, seen, start = "", {table: -1}, 1
+    here, seen, found = "", {"": 0}, 1
     for line, content in enumerate(text.splitlines(), 1):
         if header := re.match(r"\s*\[+\s*([\w-]+)", content):
             here = header[1]
             seen[here] = seen.get(here, -1) + 1
-            start = line if (here, seen[here]) in ((table, number), (key, 0)) else start
-        if (here, seen.get(here)) == (table, number if table else -1) and re.match(
-            rf"\s*[\"']?{re.escape(key)}\b", content
-        ):
+            found = line if here == key or (here, seen[here]) == (table, number) else found
+        elif key and (here, seen[here]) == (table, number) and re.match(rf"\s*[\"']?{re.escape(key)}\b", content):
             return line
-    return start
+    return found
 
 
 # ---------------------------------------------------------------------------------------- Links
@@ -1111,8 +1113,8 @@ class Link(Protocol):
     def report(self, identity: str, patch: Record) -> Record | None:
         """Return the command after *patch*, or None if it went to another, or is gone."""
 
-    def post(self, order: Record, key: str) -> Record:
-        """Queue *order*, once for each *key*, and return the command."""
+    def post(self, order: Record, key: str) -> str:
+        """Queue *order*, once for each *key*, and return its id; raise Refused."""
 
     def cancel(self, identity: str) -> None:
         """Cancel a command; one that has ended or is gone stays so."""
@@ -1189,8 +1191,8 @@ class FolderLink:
     def report(self, identity: str, patch: Record) -> Record | None:
         return self.change(lambda pen: self.rules.report(pen, identity, patch))  # type: ignore[no-any-return]
 
-    def post(self, order: Record, key: str) -> Record:
-        return self.change(lambda pen: self.rules.queue(pen, order, key)[0])  # type: ignore[no-any-return]
+    def post(self, order: Record, key: str) -> str:
+        return str(self.change(lambda pen: self.rules.queue(pen, order, key))[0]["id"])
 
     def cancel(self, identity: str) -> None:
         self.change(lambda pen: self.rules.cancel_command(pen, identity))
@@ -1266,11 +1268,8 @@ class HttpLink:
         said = self.ask("PATCH", command_at(identity), patch)
         return said and {"id": identity, **said}
 
-    def post(self, order: Record, key: str) -> Record:
-        said = self.ask("POST", "/command", order, Idempotency_Key=key)
-        if said is None:
-            raise Refused("the service does not take commands")
-        return {"id": said["commandId"], **said}
+    def post(self, order: Record, key: str) -> str:
+        return str((self.ask("POST", "/command", order, Idempotency_Key=key) or {})["commandId"])
 
     def cancel(self, identity: str) -> None:
         self.ask("POST", command_at(identity, "cancel"))
@@ -1483,15 +1482,17 @@ class Agent:
                 run.see(command)
         elif not pending and command.get("agent") == self.name:
             self.take(command, self.give_up)
-        elif pending and command.get("target", self.name) == self.name and self.knows(command):
+        elif pending and self.is_for_us(command):
             verdict, reason = self.policy.judge(command)
             if verdict == "ask":
                 self.asked[command["id"]] = Question(command, reason, self.policy.answer)
             else:
                 self.take(command, self.perform if verdict == "run" else partial(self.refuse, reason=reason))
 
-    def knows(self, command: Record) -> bool:
-        return command["type"] in (self.policy.types or EXECUTORS)
+    def is_for_us(self, command: Record) -> bool:
+        """Return whether *command* is ours to execute, or to refuse: of our types, or meant for us alone."""
+        target, types = command.get("target", self.name), self.policy.types or EXECUTORS
+        return target == self.name and command["type"] in (EXECUTORS if "target" in command else types)
 
     def take(self, command: Record, work: Callable[[Run], None]) -> None:
         run = self.taken[command["id"]] = Run(command, self.forks, self.policy.roots)
@@ -1581,14 +1582,14 @@ class Agent:
         current = self.link.get(command["id"])
         if current is None or current["status"] != "pending":
             del self.asked[command["id"]]
-            self.link.cancel(question.identity)
+            if question.identity:
+                self.link.cancel(question.identity)
             return
         try:
-            posted = (
-                self.link.get(question.identity) if question.identity else self.link.post(*question.order(self.name))
-            )
+            identity = question.identity or self.link.post(*question.order(self.name))
+            posted = self.link.get(identity)
         except Refused as error:
-            posted = {"id": question.identity, "status": "failed", "error": str(error)}
+            posted = {"status": "failed", "error": str(error)}
         if posted and posted["status"] in OPEN:
             self.asked[command["id"]] = question._replace(identity=posted["id"])
             return

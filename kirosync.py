@@ -668,6 +668,8 @@ def overdue(command: Record, now: int, listening: float = 0) -> Record:
     if command["status"] == "pending":
         who = f"the agent {command['target']}" if "target" in command else f"an agent for {command['type']}"
         waited = round((now - command["createdAt"]) / 1000)
+        if command["type"] == "user_input":
+            return fail(command, "expired", f"nobody answered in {waited} s", now)
         return fail(command, "expired", f"{who} did not take it in {waited} s; queue it again if still wanted", now)
     if command.get("retryable") and not command.get("cancelRequested"):
         return requeue(command, now)

@@ -1,4 +1,4 @@
-"""A command's life: cancelled, printed, typed to, sent twice. The service in-process, then real agents on both links."""
+"""A command's life: cancelled, printed, typed to, sent twice; in-process, then with real agents on both links."""
 
 import base64
 import contextlib
