@@ -8,6 +8,7 @@
 # Both make .venv the first time, with what is needed; run again, they take seconds. The environment decides:
 #   KIROSYNC_HOST   address to listen on (127.0.0.1)      KIROSYNC_STATE   the state directory (./state)
 #   KIROSYNC_PORT   port to listen on (3001)              KIROSYNC_TOKEN   the token (made once: state/token)
+#   KIROSYNC_POLICY a file that says what the agent refuses, and what it asks for (see README.md)
 #   PYTHON          the Python to make .venv with (the first of python3, python3.13, .12, .11 that is 3.11 or later)
 set -euo pipefail
 

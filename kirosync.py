@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["bottle>=0.13.2", "waitress>=3.0.1", "filelock>=3.20", "msgspec>=0.19"]
+# dependencies = ["bottle>=0.13.2", "waitress>=3.0.1", "filelock>=3.30", "msgspec>=0.19"]
 # ///
 """kirosync: one queue and one shared memory for an IDE, an agent and a human.
 
@@ -1166,8 +1166,8 @@ def write_and_sync(texts: dict[Path, tuple[Path, bytes]]) -> dict[Path, Stamp]:
     opened: dict[Path, int] = {}
     try:
         for where, (path, text) in texts.items():
-            where.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not os.path.isdir(path.parent):
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             opened[path] = os.open(where, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             write_all(opened[path], text)
         for fd in opened.values() if len(opened) > 1 else ():
@@ -1292,9 +1292,7 @@ class Store:
         self._suspects: dict[tuple[str, str], int] = {}  # (kind, name): when to look at it again, in ms
         self._sound = False  # else the directory is to be read anew
         self._make_folders()
-        self._lock = filelock.FileLock(
-            self.directory / ".lock", timeout=LOCK_S, poll_interval=LOCK_POLL_S, thread_local=False, mode=0o600
-        )
+        self._lock = self._open_lock()
         self._journal = Journal(self.directory / "journal.jsonl")
         try:
             self.change(nothing)
@@ -1460,13 +1458,25 @@ class Store:
                 self._together, self._committing = len(waiting), False
                 self._queued.notify_all()
 
+    def _open_lock(self) -> int:
+        return os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
+        """Hold the lock that processes share. Threads take turns before they come here."""
+        until = time.monotonic() + LOCK_S
+        while not (filelock.lock_descriptor(self._lock, blocking=False) and os.fstat(self._lock).st_nlink):
+            if time.monotonic() > until:
+                raise Busy(f"another process has held {self.directory / '.lock'} for {LOCK_S:.0f} s; try again")
+            if os.fstat(self._lock).st_nlink == 0:  # removed by hand: others lock the one that has come since
+                os.close(self._lock)
+                self._lock = self._open_lock()
+            else:
+                time.sleep(LOCK_POLL_S)
         try:
-            with self._lock:
-                yield
-        except filelock.Timeout:
-            raise Busy(f"another process has held {self.directory / '.lock'} for {LOCK_S:.0f} s; try again") from None
+            yield
+        finally:
+            filelock.unlock_descriptor(self._lock)
 
     def _commit(self, waiting: list[tuple[Callable[[Pen], Any], Future[Any]]]) -> None:
         """Run each rule, make what they wrote durable together, and give the answers."""
@@ -1766,6 +1776,9 @@ class Store:
         with self._queued:
             self._queued.wait_for(lambda: not self._committing)
             self._journal.close()
+            if self._lock >= 0:
+                os.close(self._lock)
+            self._lock = -1
 
 
 def refusal_of(error: OSError) -> Refusal:

@@ -5,7 +5,9 @@
 
 Starts a service and an agent of its own, over each link in turn, with 100 other clients that long-poll. Each
 command tells the moment at which it ran. Beside every command the same child is run by ``subprocess.run``, in
-turns and in the same run; what is above that is ours.
+turns and in the same run; what is above that is ours. What the parts of it cost without any child, three durable
+changes and as many requests, is measured too. Then a crowd: 1,000 short commands with and without 32 long ones,
+while GET /health is asked all the time.
 """
 
 import argparse
@@ -21,7 +23,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from basics import ROOT, TOKEN, Running
+from basics import ROOT, TOKEN, Running, ms
 
 CHILD = "echo $EPOCHREALTIME"  # the moment (s) at which bash runs it
 BASH = ["bash", "-c", CHILD]
@@ -73,7 +75,7 @@ def bare():
 
 def row(what, figures, references, goal=""):
     figure, reference = [statistics.median(values) * 1000 for values in (figures, references)]
-    p99 = sorted(figures)[int(len(figures) * 0.99)] * 1000
+    p99 = percentile(figures, 99) * 1000
     above = f"{figure - reference:+.1f} ms"
     print(f"{what:40} {figure:8.1f} ms {reference:12.1f} ms {above:>10} {p99:10.1f} ms  {goal}", flush=True)
     return figure - reference, p99
@@ -109,6 +111,85 @@ def measure(link, rounds, pollers):
     return row(f"{names}both", *([sum(pair) for pair in pairs] for pairs in (ours, theirs)), goal)
 
 
+def crowd(commands, long):
+    """So many short commands at once, first alone, then while *long* others run; and how long GET /health took."""
+    with tempfile.TemporaryDirectory() as folder:
+        running = Running(Path(folder) / "state", with_agent=False)
+        argv = [sys.executable, ROOT / "agent.py", "--state", Path(folder) / "state", "--jobs", str(long + 4)]
+        running.processes.append(subprocess.Popen(argv, stderr=subprocess.DEVNULL))
+        spent = [rush(running.url, commands)]
+        client = Client(running.url)
+        order = {"type": "execute_bash", "command": "sleep 600"}
+        identities = [client.ask("POST", "/command", order)["commandId"] for _ in range(long)]
+        while any(client.ask("GET", f"/command/{identity}")["status"] == "pending" for identity in identities):
+            time.sleep(0.1)
+        health, stop = [], threading.Event()
+        watcher = threading.Thread(target=watch, args=(running.url, health, stop))
+        watcher.start()
+        spent.append(rush(running.url, commands))
+        stop.set()
+        watcher.join()
+        for identity in identities:
+            client.ask("POST", f"/command/{identity}/cancel")
+        outcomes = {client.ask("GET", f"/command/{identity}?wait=20")["outcome"] for identity in identities}
+        running.end()
+    assert outcomes == {"cancelled"}, outcomes
+    alone, beside = spent
+    print(f"{commands} short commands: {alone:.1f} s; beside {long} long ones: {beside:.1f} s ({beside / alone:.2f})")
+    median, p99, longest = (ms(each) for each in (statistics.median(health), percentile(health, 99), max(health)))
+    print(f"GET /health meanwhile, {len(health)} times: median {median}, p99 {p99}, longest {longest}; goal 50 ms")
+
+
+def percentile(values, part):
+    return sorted(values)[int(len(values) * part / 100)]
+
+
+def rush(url, commands):
+    """Return how long (s) it takes from queueing the first of so many short commands to the end of the last."""
+    started = time.monotonic()
+
+    def work(share):
+        client = Client(url)
+        order = {"type": "execute_bash", "command": "true"}
+        mine = [client.ask("POST", "/command", order)["commandId"] for _ in range(share)]
+        for identity in mine:
+            assert client.ask("GET", f"/command/{identity}?wait=50")["outcome"] == "ok"
+
+    threads = [threading.Thread(target=work, args=(commands // 8,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.monotonic() - started
+
+
+def watch(url, spent, stop):
+    client = Client(url)
+    while not stop.is_set():
+        asked = time.monotonic()
+        client.ask("GET", "/health")
+        spent.append(time.monotonic() - asked)
+        time.sleep(0.01)
+
+
+def parts(rounds):
+    """What a command costs at least: to be queued, claimed and ended, with no agent and no child."""
+    with tempfile.TemporaryDirectory() as folder:
+        running = Running(Path(folder) / "state", with_agent=False)
+        client, spent = Client(running.url), []
+        for _ in range(rounds):
+            started = time.monotonic()
+            identity = client.ask("POST", "/command", {"type": "execute_bash", "command": CHILD})["commandId"]
+            client.ask("PATCH", f"/command/{identity}", {"status": "processing", "agent": "x", "lease": 45})
+            client.ask("PATCH", f"/command/{identity}", {"status": "completed", "agent": "x", "result": {}})
+            spent.append(time.monotonic() - started)
+            time.sleep(0.02)
+        running.end()
+    print(
+        f"to queue, claim and end a command, three requests with three durable changes: {ms(statistics.median(spent))}"
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
@@ -121,6 +202,8 @@ def main():
     for pollers in (0, 100):
         for link in GOAL_MS:
             measure(link, rounds, pollers)
+    parts(rounds)
+    crowd(200 if arguments.quick else 1000, 32)
     print(f"{rounds} rounds each, on {os.cpu_count()} cores, in turns with the bare subprocess")
     return None
 
