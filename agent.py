@@ -82,6 +82,7 @@ STEPS = ((0.0, signal.SIGINT), (2.0, signal.SIGTERM), (7.0, signal.SIGKILL))  # 
 STRAY_S = 0.4  # between the steps for those whom the child has left behind
 GIVE_UP_S = 5.0  # after the last step: what is left then cannot be ended
 ENDING_POLL_S = 0.005  # between looks whether all have gone that were to end
+FORK_PAUSE_S = 0.2  # before a process that could not be started is tried again
 DRAIN_S = 0.2  # for output to arrive after the command ended; a child left behind may hold the pipe for ever
 LEASE_S = 45.0  # a claim that is not renewed for so long is lost
 POLL_S = 0.02  # between looks at the folder
@@ -155,19 +156,21 @@ def serve_forks(line: socket.socket) -> NoReturn:
             with contextlib.suppress(OSError):
                 os.set_inheritable(fd, False)
     gc.freeze()
-    while True:
-        heard, taken = os.pipe()
+    said = TAKEN
+    while said != GONE:
+        heard, tell = os.pipe()
         try:
             if os.fork() == 0:
                 os.close(heard)
-                supervise(line, taken)
+                supervise(line, tell)
         except OSError as error:
             log.error("no process can be started: %s; trying again", error.strerror)
-            time.sleep(RETRY_S)
-        os.close(taken)
-        if not os.read(heard, 1):
-            os._exit(0)
+        os.close(tell)
+        said = os.read(heard, 1)
         os.close(heard)
+        if not said:  # it could not be started, or was killed before it had anything to do
+            time.sleep(FORK_PAUSE_S)
+    os._exit(0)
 
 
 def public_environment() -> dict[str, str]:
@@ -175,7 +178,10 @@ def public_environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith("KIROSYNC_")}
 
 
-def supervise(orders: socket.socket, taken: int) -> NoReturn:
+TAKEN, GONE = b"!", b"?"  # what a supervisor says of its order: it has one, or the agent is gone
+
+
+def supervise(orders: socket.socket, tell: int) -> NoReturn:
     """Be the process between the agent and one child, which adopts whatever the child's children leave behind.
 
     Over a line of its own it is told to end the child by any message, and to kill it by the silence of an agent that
@@ -190,7 +196,8 @@ def supervise(orders: socket.socket, taken: int) -> NoReturn:
     fds = socket.recv_fds(orders, 1, 5)[1]
     for fd in fds:
         os.set_inheritable(fd, False)  # recv_fds of Python 3.11 does not pass on a flag that would have it so
-    if not fds:  # the agent is gone
+    if not fds:
+        os.write(tell, GONE)
         os._exit(0)
     orders.close()
     paper, line_fd, *streams = fds
@@ -203,8 +210,8 @@ def supervise(orders: socket.socket, taken: int) -> NoReturn:
         child, said = 0, {"error": explain(error)}
     except ValueError as error:  # a NUL byte in the command
         child, said = 0, {"error": str(error)}
-    os.write(taken, b"!")  # only now: to fork the next one takes as long as all of this
-    for fd in (taken, *streams):
+    os.write(tell, TAKEN)  # only now: to fork the next one takes as long as all of this
+    for fd in (tell, *streams):
         os.close(fd)
     said = said or attend(child, line, ear)
     with contextlib.suppress(OSError):  # nobody is left to hear it

@@ -28,7 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TOKEN = "drill"
 CLIENTS = 8
-PAUSES_S = (0.05, 0.6)  # between being up again and the next kill
+PAUSES_S = (0.05, 0.6)  # between being up again, or only being started again, and the next kill
+HASTE = 0.3  # of the kills do not wait for a service to be up
 PATIENCE_S = 90  # for all to end once everything is up: two leases
 
 
@@ -118,6 +119,8 @@ def drill(folder, rounds, choice):
         victim.end(signal.SIGKILL)
         time.sleep(choice.choice((0, 0, 0.1)))
         victim.start()
+        if choice.random() > HASTE:
+            keep_asking(port, "GET", "/commands?limit=0")
         if number % 50 == 49:
             print(f"{number + 1} rounds, {sum(len(client.acknowledged) for client in clients)} commands", flush=True)
     stop.set()
