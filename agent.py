@@ -27,6 +27,7 @@ import base64
 import contextlib
 import ctypes
 import difflib
+import errno
 import fcntl
 import fnmatch
 import gc
@@ -52,7 +53,6 @@ import termios
 import threading
 import time
 import tomllib
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -66,9 +66,10 @@ Record = dict[str, Any]
 
 STREAM_BYTES = 256 << 10  # of stdout and of stderr that a result holds: head and tail
 OUTPUT_BYTES = 64 << 20  # of each that is kept in a file
+RESERVE_BYTES = 16 << 20  # of a disk that output leaves free: for how the commands end
 PIPE_BYTES = 256 << 10  # between a child and us: it need not wait for us so often
 PIECE_BYTES = 1 << 20  # of output that is sent to the service at once
-ANSWER_BYTES = 16 << 20  # of what an executor may answer
+ANSWER_BYTES = 24 << 20  # of what an executor may answer: the service takes 32
 READ_BYTES = 8 << 20  # of a file that a result holds, unless it asks for less
 HASHED_BYTES = 4 << 30  # of a larger file no sha256 is told: it would take longer than reading its end
 ENTRIES = 10_000  # of a directory that a result holds
@@ -80,6 +81,7 @@ FILES_S = 60.0  # nor does work with files
 LONGEST_S = 7 * 24 * 3600.0  # whatever it says
 STEPS = ((0.0, signal.SIGINT), (2.0, signal.SIGTERM), (7.0, signal.SIGKILL))  # s after the wish to end it
 STRAY_S = 0.4  # between the steps for those whom the child has left behind
+NOTICE_S = 1.0  # between looks whether it is to end
 GIVE_UP_S = 5.0  # after the last step: what is left then cannot be ended
 ENDING_POLL_S = 0.005  # between looks whether all have gone that were to end
 FORK_PAUSE_S = 0.2  # before a process that could not be started is tried again
@@ -94,7 +96,7 @@ STOP_S = 5.0  # for running commands when the agent is told to stop; then as lon
 STOP_POLL_S = 0.05  # between looks whether they have ended
 ANSWER_S = 600.0  # for a human's yes to come, and to be used
 ASK_S = 1.0  # between looks whether a human has answered
-PROMPT_CHARACTERS = 4000  # of a command that a human is shown
+PROMPT_CHARACTERS = 64_000  # of a command that a human can be shown
 END_OF_INPUT = b"\x04"  # as one types it at a terminal
 OPEN = ("pending", "processing")
 CLAIM = {"status": "processing", "lease": LEASE_S}  # and again, to renew it
@@ -121,27 +123,36 @@ class ForkServer:
 
     def __init__(self) -> None:
         self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        if os.fork() == 0:
+        self.gone = False
+        self.pid = os.fork()
+        if self.pid == 0:
             self.line.close()
             serve_forks(theirs)
         theirs.close()
 
-    def close(self) -> None:
-        self.line.close()
-
     def start(self, order: Record, streams: Iterable[int]) -> socket.socket:
         """Start what *order* says (see begin) on three *streams*; return the line to its supervisor (see supervise)."""
-        line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, open(os.memfd_create("order"), "wb") as paper:
+        with open(os.memfd_create("order"), "wb") as paper:
             paper.write(json.dumps(order).encode())
             paper.flush()
-            try:
-                socket.send_fds(self.line, [b"."], [paper.fileno(), theirs.fileno(), *streams])
-            except OSError:
-                line.close()
-                os.kill(os.getpid(), signal.SIGTERM)
-                raise Failed("the agent's fork server is gone: the agent stops; start it again") from None
+            line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs:
+                try:
+                    socket.send_fds(self.line, [b"."], [paper.fileno(), theirs.fileno(), *streams])
+                except OSError:
+                    line.close()
+                    self.gone = True
+                    raise Failed("the agent's fork server is gone: the agent stops") from None
         return line
+
+    def wake(self) -> None:
+        """Have all of them go on that a child may have stopped (SIGSTOP)."""
+        with contextlib.suppress(OSError):
+            supervisors = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+            signal_all([self.pid, *map(int, supervisors)], signal.SIGCONT)
+
+    def close(self) -> None:
+        self.line.close()
 
 
 def serve_forks(line: socket.socket) -> NoReturn:
@@ -159,18 +170,39 @@ def serve_forks(line: socket.socket) -> NoReturn:
     said = TAKEN
     while said != GONE:
         heard, tell = os.pipe()
-        try:
-            if os.fork() == 0:
+        pid = fork()
+        if pid == 0:
+            try:
                 os.close(heard)
                 supervise(line, tell)
-        except OSError as error:
-            log.error("no process can be started: %s; trying again", error.strerror)
+            finally:
+                os._exit(1)
         os.close(tell)
         said = os.read(heard, 1)
         os.close(heard)
         if not said:  # it could not be started, or was killed before it had anything to do
             time.sleep(FORK_PAUSE_S)
     os._exit(0)
+
+
+def fork() -> int:
+    try:
+        return os.fork()
+    except OSError as error:
+        log.error("no process can be started: %s; trying again", error.strerror)
+        return -1
+
+
+MARK = "KIROSYNC_CLAIM"  # in the environment of a child: by it is found what has lost its supervisor
+
+
+def kill_marked(claim: str) -> None:
+    """Kill what runs on of a claim whose supervisor was killed itself."""
+    mark = f"{MARK}={claim}".encode()
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            if mark in Path("/proc", name, "environ").read_bytes().split(b"\0"):
+                os.kill(int(name), signal.SIGKILL)
 
 
 def public_environment() -> dict[str, str]:
@@ -208,9 +240,10 @@ def supervise(orders: socket.socket, tell: int) -> NoReturn:
             child, said = begin(json.load(order), streams), {}
     except OSError as error:
         child, said = 0, {"error": explain(error)}
-    except ValueError as error:  # a NUL byte in the command
-        child, said = 0, {"error": str(error)}
-    os.write(tell, TAKEN)  # only now: to fork the next one takes as long as all of this
+    except Exception as error:  # a NUL byte in the command, a number where text belongs
+        child, said = 0, {"error": f"{type(error).__name__}: {error}"}
+    with contextlib.suppress(OSError):  # the fork server was killed
+        os.write(tell, TAKEN)  # only now: to fork the next one takes as long as all of this
     for fd in (tell, *streams):
         os.close(fd)
     said = said or attend(child, line, ear)
@@ -304,6 +337,10 @@ def signal_all(processes: Iterable[int], number: int) -> None:
 
 
 def explain(error: OSError) -> str:
+    if error.errno == errno.E2BIG:
+        return (
+            "command and env are too long to be passed on (128 KiB for one string); put them into a file, and run that"
+        )
     return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
 
 
@@ -335,6 +372,9 @@ class Capture:
             if self.fd < 0 and self.path:
                 self.fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
                 self.room = OUTPUT_BYTES - os.fstat(self.fd).st_size
+            free = os.fstatvfs(self.fd)
+            if self.room > 0 and free.f_bavail * free.f_frsize < RESERVE_BYTES:
+                raise OSError(errno.ENOSPC, f"less than {RESERVE_BYTES} bytes are free")
             while self.room > 0 and piece:
                 written = os.write(self.fd, piece[: self.room])
                 piece, self.room = piece[written:], self.room - written
@@ -387,6 +427,7 @@ class Run:
         if line := self.line:
             with contextlib.suppress(OSError):  # it has ended
                 line.send(b"end")
+            self.forks.wake()
 
 
 WHY = {  # a command was ended: the outcome, and what to say
@@ -411,15 +452,17 @@ class Ended(NamedTuple):
         return Failed(said.format(timeout=command["timeout"]) + left, outcome, result)
 
 
-def run_child(run: Run, order: Record, streams: dict[str, Capture]) -> Ended:
+def run_child(run: Run, order: Record, streams: dict[str, Capture], wants: Record) -> Ended:
     """Have the child that *order* says (see begin) run, and collect its *streams*, until it has ended or is ended."""
     started = time.monotonic()
-    ours, theirs = plumb(run.command)
+    ours, theirs = plumb(wants)
     try:
         line = run.forks.start(order, theirs)
+    except BaseException:
+        close_all(ours.values())
+        raise
     finally:
-        for fd in set(theirs):
-            os.close(fd)
+        close_all(set(theirs))
     try:
         run.line, run.stdin = line, ours.pop("stdin", -1)
         if run.why:
@@ -428,10 +471,11 @@ def run_child(run: Run, order: Record, streams: dict[str, Capture]) -> Ended:
     finally:
         run.line = None
         line.close()
-        for fd in ours.values():
-            os.close(fd)
+        close_all(ours.values())
         for stream in streams.values():
             stream.close()
+    if said == UNSUPERVISED:
+        kill_marked(run.held.get("claim", ""))
     if "error" in said:
         raise Failed(said["error"], said.get("outcome", "error"))
     code, why = said["code"], run.why if said["ended"] else ""
@@ -440,20 +484,33 @@ def run_child(run: Run, order: Record, streams: dict[str, Capture]) -> Ended:
     )
 
 
-def plumb(command: Record) -> tuple[dict[str, int], tuple[int, int, int]]:
-    """Return our ends of a child's streams, by name, and its own three: of pipes, or of a terminal."""
-    typed = command.get("stdin", False)
-    if command.get("pty"):
-        ours, own = os.openpty()
-        fcntl.ioctl(
-            own, termios.TIOCSWINSZ, struct.pack("4H", command.get("rows", 24), command.get("columns", 80), 0, 0)
-        )
-        asked = os.dup(own) if typed else os.open(os.devnull, os.O_RDONLY)
-        os.set_blocking(ours, False)
-        return {"stdout": ours, **({"stdin": os.dup(ours)} if typed else {})}, (asked, own, own)
-    asked, typing = typing_pipe() if typed else (os.open(os.devnull, os.O_RDONLY), -1)
-    (out, own_out), (err, own_err) = wide_pipe(), wide_pipe()
-    return {"stdout": out, "stderr": err, **({"stdin": typing} if typed else {})}, (asked, own_out, own_err)
+def plumb(wants: Record) -> tuple[dict[str, int], tuple[int, int, int]]:
+    """Return our ends of a child's streams, by name, and its own three: of pipes, or of a terminal; as it *wants*."""
+    typed = wants.get("stdin", False)
+    made: list[int] = []
+    try:
+        if wants.get("pty"):
+            made += os.openpty()
+            made += [os.dup(made[1]), os.dup(made[0])] if typed else [os.open(os.devnull, os.O_RDONLY)]
+            ours, own, asked, *typing = made
+            fcntl.ioctl(
+                own, termios.TIOCSWINSZ, struct.pack("4H", wants.get("rows", 24), wants.get("columns", 80), 0, 0)
+            )
+            os.set_blocking(ours, False)
+            return {"stdout": ours, **dict(zip(["stdin"], typing, strict=False))}, (asked, own, own)
+        for _ in ("stdout", "stderr"):
+            made += wide_pipe()
+        made += typing_pipe() if typed else [os.open(os.devnull, os.O_RDONLY)]
+        out, own_out, err, own_err, asked, *typing = made
+        return {"stdout": out, "stderr": err, **dict(zip(["stdin"], typing, strict=False))}, (asked, own_out, own_err)
+    except BaseException:
+        close_all(made)
+        raise
+
+
+def close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def typing_pipe() -> tuple[int, int]:
@@ -476,9 +533,8 @@ def collect(run: Run, line: socket.socket, captures: dict[int, Capture], started
         for fd in (line.fileno(), *captures):
             selector.register(fd, selectors.EVENT_READ)
         while selector.get_map() and (now := time.monotonic()) < last:
-            limit = min(until, last) - now
-            for key, _ in selector.select(None if limit == float("inf") else max(0.0, limit)):
-                piece = read_some(key.fd)
+            for key, _ in selector.select(min(NOTICE_S, max(0.0, min(until, last) - now))):
+                piece = hear(line) if key.fd == line.fileno() else read_some(key.fd)
                 if key.fd == line.fileno():
                     said = json.loads(piece) if piece else said
                     last, until = time.monotonic() + DRAIN_S, float("inf")
@@ -489,7 +545,17 @@ def collect(run: Run, line: socket.socket, captures: dict[int, Capture], started
             if time.monotonic() >= until:
                 until = float("inf")
                 run.end("timeout")
+            if run.why and last == float("inf"):  # its supervisor may be stopped for good
+                last = time.monotonic() + STEPS[-1][0] + 2 * GIVE_UP_S
     return said
+
+
+def hear(line: socket.socket) -> bytes:
+    """Return what was said on a *line*; b"" if it was closed in silence."""
+    for _ in range(2):  # when it is closed, what we said that was not heard comes first, as an error
+        with contextlib.suppress(ConnectionResetError):
+            return line.recv(1 << 16)
+    return b""
 
 
 UNSUPERVISED: Record = {"error": "the process that watched over it is gone; how it ended is unknown", "outcome": "lost"}
@@ -506,14 +572,26 @@ def read_some(fd: int) -> bytes | None:
 
 
 def folder_of(command: Record) -> Path:
-    folder = Path(command.get("workingDir", ".")).expanduser()
+    folder = home(command.get("workingDir", "."))
     if not folder.is_dir():
         raise Failed(f"workingDir: {folder} is not a directory" if folder.exists() else f"workingDir: no {folder}")
     return folder.absolute()
 
 
 def path_of(command: Record, default: str = "") -> Path:
-    return folder_of(command) / Path(command.get("path", default)).expanduser()
+    """Return the path that *command* is about; raise Failed if it is outside of the roots, whatever is there."""
+    named = home(command.get("path", default))
+    path = home(command.get("workingDir", ".")).absolute() / named
+    check_allowed(path, os.path.realpath(path))
+    return path if named.is_absolute() else folder_of(command) / named
+
+
+def home(path: str) -> Path:
+    """Return *path*, with ~ as the home of the agent's user; raise Failed if it cannot be one."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise Failed(f"{path}: {error}") from None
 
 
 def execute_bash(run: Run) -> Record:
@@ -522,9 +600,10 @@ def execute_bash(run: Run) -> Record:
     terminal = {"TERM": "xterm-256color"} if command.get("pty") else {}
     shell = shutil.which("bash") or "/bin/sh"
     order: Record = {"argv": [shell, "-c", command["command"]], "cwd": str(folder_of(command))}
-    order |= {"env": {**public_environment(), **terminal, **command.get("env", {})}}
+    mark = {MARK: run.held.get("claim", "")}
+    order |= {"env": {**public_environment(), **terminal, **command.get("env", {}), **mark}}
     streams = {name: Capture(STREAM_BYTES, run.paths.get(name)) for name in ("stdout", "stderr")}
-    ended = run_child(run, order, streams)
+    ended = run_child(run, order, streams, command)
     result: Record = {name: stream.text() for name, stream in streams.items()}
     run.told = {name for name, stream in streams.items() if result[name].encode() == stream.head + stream.tail}
     result |= {"exitCode": ended.code, "durationMs": ended.milliseconds}
@@ -539,8 +618,8 @@ def execute_bash(run: Run) -> Record:
 
 def in_child(run: Run) -> Any:
     """Run one of the executors below in a process of its own: it can be ended, and leaves no memory behind."""
-    streams = {"stdout": Capture(2 * ANSWER_BYTES), "stderr": Capture(STREAM_BYTES)}
-    ended = run_child(run, {"command": run.command, "roots": run.roots}, streams)
+    streams = {"stdout": Capture(ANSWER_BYTES), "stderr": Capture(STREAM_BYTES)}
+    ended = run_child(run, {"command": run.command, "roots": run.roots}, streams, {})
     if ended.why:
         raise ended.failure(run.command)
     if streams["stdout"].left_out:
@@ -559,15 +638,15 @@ def execute_here(command: Record, roots: list[str]) -> NoReturn:
     """Be the process that in_child() starts: say {"result"}, or what Failed takes, on stdout."""
     try:
         ROOTS[:] = roots
-        os.environ.update(command.get("env", {}))
         answer: Record = {"result": IN_CHILD[command["type"]](command)}
     except Failed as failure:
         answer = {"error": str(failure), "outcome": failure.outcome, "result": failure.result}
     except OSError as error:
         answer = {"error": explain(error)}
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
+    except Exception as error:  # of botocore, which has many; or a defect of ours
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    except KeyboardInterrupt:  # it is to end
+        os._exit(130)
     with open(1, "w") as stdout:
         json.dump(answer, stdout, default=plain)
         stdout.flush()
@@ -577,16 +656,24 @@ def execute_here(command: Record, roots: list[str]) -> NoReturn:
 ROOTS: list[str] = []  # set in the child of an executor: outside of these no file is touched; anywhere, if it is empty
 
 
+def check_allowed(path: Path | str, real: str) -> None:
+    """Raise Failed if *path*, which is *real* in truth, is outside of the roots."""
+    if ROOTS and not any(real == root or real.startswith(root.rstrip("/") + "/") for root in ROOTS):
+        raise Failed(f"{path} is outside of what this agent's policy allows: {', '.join(ROOTS)}", "refused")
+
+
 def reach(path: Path | str) -> int:
     """Return a descriptor (O_PATH) of what *path* leads to; raise Failed if that is outside of the allowed roots.
 
-    What was opened is checked, not the name: a link that is changed meanwhile leads nowhere else.
+    What was opened is checked, not only the name: a link that is changed meanwhile leads nowhere else.
     """
+    check_allowed(path, os.path.realpath(path))  # first, so that nobody learns what is there
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    real = os.readlink(f"/proc/self/fd/{fd}")
-    if ROOTS and not any(os.path.commonpath([real, root]) == root for root in ROOTS):
+    try:
+        check_allowed(path, os.readlink(f"/proc/self/fd/{fd}"))
+    except Failed:
         os.close(fd)
-        raise Failed(f"{path} is outside of what this agent's policy allows: {', '.join(ROOTS)}", "refused")
+        raise
     return fd
 
 
@@ -620,18 +707,23 @@ def open_file(path: Path) -> BufferedReader:
 
 
 def as_content(raw: bytes) -> Record:
-    """Return {content, encoding}: text where it is UTF-8, else base64."""
+    """Return {content, encoding}: text where it is UTF-8 without a NUL, else base64."""
     try:
-        return {"content": raw.decode(), "encoding": "utf-8"}
+        text = raw.decode()
     except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
         return {"content": base64.b64encode(raw).decode(), "encoding": "base64"}
+    return {"content": text, "encoding": "utf-8"}
 
 
 def read_file(command: Record) -> Record:
     """Read a file; {content, encoding, size, sha256}, of all or of offset/limit/tail bytes; truncated if cut."""
     with open_file(path_of(command)) as file:
-        size = os.fstat(file.fileno()).st_size
-        digest = hashlib.file_digest(file, "sha256").hexdigest() if size <= HASHED_BYTES else None
+        size, digest = os.fstat(file.fileno()).st_size, None
+        if size <= HASHED_BYTES:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            size = file.tell()  # of one in /proc it is not known before
         offset = max(0, size - command["tail"]) if "tail" in command else command.get("offset", 0)
         file.seek(offset)
         wanted = min(command.get("limit", size), max(0, size - offset))
@@ -655,11 +747,11 @@ def write_file(command: Record) -> Record:
         raise Failed(f"{path.parent} does not exist; make it first")
     with inside(path.parent) as folder, other_writers_waiting(folder):
         before = present(folder / path.name, path)
-        if "expectedSha256" in command:
-            check_expected(path, before, command["expectedSha256"])
-        whole = (before or b"") + raw if command.get("append") else raw
-        replace(folder / path.name, whole, mode, path)
-    digest = hashlib.sha256(whole).hexdigest()
+        with before or contextlib.nullcontext():
+            if "expectedSha256" in command:
+                check_expected(path, before, command["expectedSha256"])
+            added = before if command.get("append") else None
+            digest = replace(folder / path.name, raw, added, mode, path)
     return {"bytesWritten": len(raw), "created": before is None, "sha256": digest}
 
 
@@ -675,54 +767,68 @@ def other_writers_waiting(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def present(file: Path, path: Path) -> bytes | None:
-    """Return what *file*, known as *path*, holds, or None if there is none; a link is not followed."""
+def present(file: Path, path: Path) -> BufferedReader | None:
+    """Open *file*, known as *path*, or return None if there is none; a link is not followed."""
     try:
-        with open(
-            file, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
-        ) as opened:
-            if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
-                raise Failed(f"{path} is not a plain file")
-            return opened.read()
+        fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     except IsADirectoryError:
         raise Failed(f"{path} is a directory") from None
     except OSError as error:
         raise Failed(f"{path}: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise Failed(f"{path} is not a plain file")
+    return open(fd, "rb")
 
 
-def check_expected(path: Path, before: bytes | None, expected: str | None) -> None:
-    actual = None if before is None else hashlib.sha256(before).hexdigest()
+def check_expected(path: Path, before: BufferedReader | None, expected: str | None) -> None:
+    actual = hashlib.file_digest(before, "sha256").hexdigest() if before else None
     if actual != (expected and expected.lower()):
         there = f"its sha256 is {actual}" if actual else "there is no such file"
         raise Failed(f"{path} is not what was expected: {there}; nothing was written", result={"sha256": actual})
 
 
-def replace(file: Path, content: bytes, mode: str | None, path: Path) -> None:
-    """Write beside *file*, sync, rename; with *mode* (octal), else the one it had, else that of new files."""
+def replace(file: Path, content: bytes, before: BufferedReader | None, mode: str | None, path: Path) -> str:
+    """Put *before* and *content* in place of *file*, synced; return the sha256.
+
+    It has the *mode* (octal), else the one that *file* had, else that of new files. Until it is whole it has no name,
+    so that nothing is left of it if this process is killed.
+    """
+    temporary = file.with_name(f".kirosync-{secrets.token_hex(8)}")
     try:
-        fd, temporary = tempfile.mkstemp(prefix=".kirosync-", dir=file.parent)
+        with open(os.open(file.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600), "w+b") as written:
+            if before:
+                before.seek(0)
+                shutil.copyfileobj(before, written, PIECE_BYTES)
+            written.write(content)
+            written.flush()
+            dress(written.fileno(), file, mode)
+            written.seek(0)
+            digest = hashlib.file_digest(written, "sha256").hexdigest()
+            os.fsync(written.fileno())
+            fd = written.fileno()  # without a descriptor of a folder, of no use here, Python would not follow the link
+            os.link(f"/proc/self/fd/{fd}", temporary, src_dir_fd=fd, follow_symlinks=True)
+        try:
+            os.replace(temporary, file)
+        except BaseException:
+            os.unlink(temporary)
+            raise
     except OSError as error:
         raise Failed(f"{path}: cannot be written: {error.strerror}") from None
-    try:
-        with os.fdopen(fd, "wb") as written:
-            written.write(content)
-            if file.exists():
-                status = file.stat()
-                os.fchmod(fd, stat.S_IMODE(status.st_mode))
-                if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
-                    os.fchown(fd, status.st_uid, status.st_gid)
-            else:
-                os.fchmod(fd, 0o666 & ~UMASK)
-            if mode is not None:
-                os.fchmod(fd, int(mode.removeprefix("0o"), 8))
-            written.flush()
-            os.fsync(fd)
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    return digest
+
+
+def dress(fd: int, file: Path, mode: str | None) -> None:
+    """Give a new file the owner and the mode of *file*, if there is one, or the *mode* that was ordered."""
+    usual = 0o666 & ~UMASK
+    if file.exists():
+        status = file.stat()
+        usual = stat.S_IMODE(status.st_mode)
+        if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
+            os.fchown(fd, status.st_uid, status.st_gid)  # before the mode: it takes setuid away
+    os.fchmod(fd, usual if mode is None else int(mode.removeprefix("0o"), 8))
 
 
 UMASK = os.umask(0o077)  # can only be read by setting it
@@ -754,8 +860,8 @@ def walk(root: Path) -> Iterator[str]:
 
 
 def as_name(path: str | Path) -> str:
-    """Return a path as text, with what is no UTF-8 in it as \\xNN."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """Return a path as text: what is no UTF-8 in it as \\xNN, and a backslash as two, so that no two look the same."""
+    return os.fsencode(path).replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace")
 
 
 def entry_of(root: Path, name: str) -> Record:
@@ -780,6 +886,8 @@ def code_search(command: Record) -> Record:
     """
     root, limit = path_of(command, "."), min(command.get("limit", MATCHES), MATCHES)
     os.close(reach(root))
+    if root.is_dir():
+        os.scandir(root).close()  # one that may not be read is an error; one on the way is not
     source = command["query"] if command.get("regex") else re.escape(command["query"])
     try:
         pattern = re.compile(source, re.IGNORECASE if command.get("ignoreCase") else 0)
@@ -795,15 +903,13 @@ def code_search(command: Record) -> Record:
 def candidates(command: Record, root: Path) -> Iterable[Path]:
     """Return the files that may hold a match: those that ripgrep names, or all."""
     rg, everything = shutil.which("rg"), (path for path in files_below(root) if wanted(path, command))
-    if not rg or not root.is_dir():
-        return everything
+    if not rg or not root.is_dir() or command.get("regex") or "\ufffd" in command["query"]:
+        return everything  # regular expressions of the two differ, and so does what stands for no UTF-8
     argv = [rg, "--files-with-matches", "--null", "--no-config", "--no-ignore", "--hidden", "--no-messages"]
     argv += [f"--glob=!**/{name}/**" for name in SKIPPED] + ["--text", f"--max-filesize={SEARCH_BYTES}"]
     argv += ["--ignore-case"] if command.get("ignoreCase") else []
-    argv += [] if command.get("regex") else ["--fixed-strings"]
-    ran = subprocess.run([*argv, "-e", command["query"], "--", str(root)], capture_output=True, check=False)
-    if ran.returncode > 1:  # a regular expression that ripgrep does not know and Python does
-        return everything
+    argv += ["--fixed-strings", "-e", command["query"], "--", str(root)]
+    ran = subprocess.run(argv, capture_output=True, check=False)
     named = (Path(os.fsdecode(name)) for name in ran.stdout.split(b"\0") if name)
     return (path for path in named if wanted(path, command))
 
@@ -859,6 +965,8 @@ def aws_operation(command: Record) -> Any:
         known = client.meta.service_model.operation_model(operations[operation]).input_shape
         members = known.members if known else {}
         parameters = {spelled("parameters", key, members): sent(value) for key, value in command["parameters"].items()}
+        if len(parameters) < len(command["parameters"]):
+            raise Failed("parameters: two of them are one, spelled in two ways")
         if command.get("paginate") and client.can_paginate(operation):
             pages = {"MaxItems": command["limit"]} if "limit" in command else {}
             return client.get_paginator(operation).paginate(**parameters, PaginationConfig=pages).build_full_result()
@@ -877,13 +985,23 @@ def aws_operation(command: Record) -> Any:
 
 def spelled(field: str, given: str, known: Iterable[str]) -> str:
     """Return the one of *known* that *given* spells: list-buckets, ListBuckets and list_buckets are one."""
-    plain_names = {re.sub(r"[-_]", "", name).lower(): name for name in known}
-    name = re.sub(r"[-_]", "", given).lower()
-    if name not in plain_names:
-        near = difflib.get_close_matches(name, plain_names, 3, 0.4) or sorted(plain_names)[:8]
-        there = ", ".join(plain_names[each] for each in near)
-        raise Failed(f"{field}: no {given!r} here; of {len(plain_names)} there are, perhaps {there}")
-    return plain_names[name]
+    there = {spelling: name for name in known for spelling in spellings(name)}
+    if given not in there:
+        near = difflib.get_close_matches(given, there, 5, 0.4) or sorted(there)[:8]
+        names = ", ".join(dict.fromkeys(there[each] for each in near))
+        raise Failed(f"{field}: no {given!r} here; of {len(set(there.values()))} there are, perhaps {names}")
+    return there[given]
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """Return a name as it is, and as the CLI, boto3 and the API spell it.
+
+    >>> spellings("list_objects_v2")
+    ('list_objects_v2', 'list-objects-v2', 'list_objects_v2', 'ListObjectsV2')
+    """
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+|[^-_a-zA-Z0-9]+", name)
+    kebab = "-".join(words).lower()
+    return name, kebab, kebab.replace("-", "_"), "".join(word[:1].upper() + word[1:] for word in words)
 
 
 def sent(value: Any) -> Any:
@@ -954,7 +1072,19 @@ class Rule(NamedTuple):
     reason: str
 
     def covers(self, command: Record) -> bool:
-        return all(pattern.search(as_text(command.get(field, ""))) for field, pattern in self.patterns.items())
+        """Return whether *command* is one of them; an AWS operation is, however it is spelled.
+
+        >>> Rule({"operation": re.compile("^delete-")}, "").covers({"operation": "DeleteBucket"})
+        True
+        """
+        return all(any(map(pattern.search, readings(field, command))) for field, pattern in self.patterns.items())
+
+
+def readings(field: str, command: Record) -> tuple[str, ...]:
+    """Return what a field of *command* may be read as."""
+    value = command.get(field, "")
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return spellings(text) if field == "operation" else (text,)
 
 
 class Policy(NamedTuple):
@@ -986,7 +1116,7 @@ class Policy(NamedTuple):
 
     def limited(self, command: Record) -> Record:
         """Return *command* with the timeout (s) that it gets here."""
-        usual = FILES_S if command["type"] in FILES else self.timeout
+        usual = min(FILES_S, self.timeout) if command["type"] in FILES else self.timeout
         return {**command, "timeout": min(command.get("timeout", usual), self.longest)}
 
 
@@ -998,10 +1128,6 @@ class BadPolicy(Exception):
         self.where = key, table, number
 
 
-def as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
 def read_policy(path: Path) -> Policy:
     """Return what the TOML file *path* says; raise BadPolicy with the line and the reason if any of it is not clear."""
     try:
@@ -1010,6 +1136,8 @@ def read_policy(path: Path) -> Policy:
         raise BadPolicy(explain(error) if isinstance(error, OSError) else f"{path}: {error}") from None
     try:
         said = tomllib.loads(text)
+    except RecursionError:
+        raise BadPolicy(f"{path}: it is nested too deep") from None
     except ValueError as error:  # it tells the line
         where = str(error).replace("at end of document", f"at line {text.count(chr(10)) + 1}, the end")
         raise BadPolicy(f"{path}: {where}") from None
@@ -1065,22 +1193,20 @@ FIELDS += ("region", "profile", "workingDir", "env", "stdin", "pty", "target", "
 
 def read_rule(table: Record, name: str, number: int) -> Rule:
     """Return the rule in the *number*-th table of that *name*; raise BadPolicy."""
-    patterns = {}
+    patterns: dict[str, re.Pattern[str]] = {}
+    reason = table.get("reason", f"a rule of this agent: {json.dumps(table, ensure_ascii=False)}")
     for field, source in table.items():
         if field not in (*FIELDS, "reason"):
             raise BadPolicy(f"{field} is no field of a command; possible are {', '.join(FIELDS)}", field, name, number)
         if not isinstance(source, str):
             raise BadPolicy(f"{field} must be a string", field, name, number)
         try:
-            patterns[field] = re.compile(source)
+            patterns |= {} if field == "reason" else {field: re.compile(source)}
         except re.error as error:
             raise BadPolicy(f"{field} is not a regular expression: {error}", field, name, number) from None
-    reason = patterns.pop("reason", None)
     if not patterns:
         raise BadPolicy(f"the rule names no field; possible are {', '.join(FIELDS)}", "", name, number)
-    return Rule(
-        patterns, table["reason"] if reason else f"a rule of this agent: {json.dumps(table, ensure_ascii=False)}"
-    )
+    return Rule(patterns, reason)
 
 
 def line_of(text: str, key: str, table: str, number: int) -> int:
@@ -1135,8 +1261,11 @@ class Link(Protocol):
     def append(self, run: Run, stream: str, offset: int, piece: bytes) -> bool:
         """Send *piece*, which stands at *offset* of a stream; return whether it is wanted, and the run still ours."""
 
-    def typed(self, identity: str, offset: int) -> bytes:
-        """Return what was sent to the stdin of a command, from *offset* on."""
+    def typed(self, identity: str, offset: int, until: int) -> bytes:
+        """Return what was sent to the stdin of a command, from *offset* on, up to *until*, or a first part of it."""
+
+    def open(self) -> None:
+        """Begin, as the only agent of this name here."""
 
     def close(self) -> None:
         """Let go of who waits in changes(); reports are still taken."""
@@ -1159,6 +1288,9 @@ class FolderLink:
         self.revision = -1
         self.commands = os.fspath(self.store.directory / "commands")
         self.seen, self.looked = 0, 0.0  # its mtime in ns, and when it was last looked into
+
+    def open(self) -> None:
+        """Nothing: what an agent before this one has printed stays."""
 
     def changes(self, seconds: float) -> dict[str, Record]:
         until = time.monotonic() + seconds
@@ -1213,8 +1345,8 @@ class FolderLink:
     def append(self, run: Run, stream: str, offset: int, piece: bytes) -> bool:
         raise NotImplementedError("it is there already")
 
-    def typed(self, identity: str, offset: int) -> bytes:
-        return bytes(self.store.read_stream(identity, "stdin", offset, PIECE_BYTES))
+    def typed(self, identity: str, offset: int, until: int) -> bytes:
+        return bytes(self.store.read_stream(identity, "stdin", offset, min(PIECE_BYTES, until - offset)))
 
     def close(self) -> None:
         self.store.release()
@@ -1225,14 +1357,18 @@ class HttpLink:
 
     remote = True
 
-    def __init__(self, server: str, token: str) -> None:
+    def __init__(self, server: str, token: str, spool: Path) -> None:
         import urllib3  # noqa: PLC0415  only this link needs it
 
         self.errors = urllib3.exceptions
         self.headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         self.pool = urllib3.PoolManager(maxsize=16, retries=False)
         self.server, self.cursor = server.rstrip("/"), ""
-        self.spool = tempfile.TemporaryDirectory(prefix="kirosync-output-")
+        self.spool = spool  # the folder of what was printed and not sent yet
+
+    def open(self) -> None:
+        shutil.rmtree(self.spool, ignore_errors=True)  # of an agent that was killed
+        self.spool.mkdir(mode=0o700)
 
     def request(self, method: str, path: str, body: bytes | None = None, held: float = 0, **headers: str) -> Any:
         """Return the answer, whatever its status, but for what may be otherwise later: then raise Unreachable."""
@@ -1282,8 +1418,8 @@ class HttpLink:
         self.ask("POST", command_at(identity, "cancel"))
 
     def output(self, identity: str) -> dict[str, Path]:
-        folder = Path(tempfile.mkdtemp(dir=self.spool.name))
-        return {stream: folder / stream for stream in ("stdout", "stderr")}
+        name = hashlib.sha256(identity.encode()).hexdigest()[:32]
+        return {stream: self.spool / f"{name}.{stream}" for stream in ("stdout", "stderr")}
 
     def size(self, identity: str, stream: str) -> int:
         answer = self.request("GET", command_at(identity, f"output?stream={stream}&tail=0"))
@@ -1295,7 +1431,7 @@ class HttpLink:
         answer = self.request("POST", path, piece, Content_Type="application/octet-stream")
         return bool(answer.status == 200)
 
-    def typed(self, identity: str, offset: int) -> bytes:
+    def typed(self, identity: str, offset: int, until: int) -> bytes:
         answer = self.request("GET", command_at(identity, f"output?stream=stdin&offset={offset}"))
         return bytes(answer.data) if answer.status == 200 else b""
 
@@ -1334,20 +1470,23 @@ class Question(NamedTuple):
     reason: str
     seconds: float  # in which a yes must come, and be used
     identity: str = ""  # of the user_input, once it has been posted
+    stale: str = ""  # the one about the command as it was before someone changed it
 
     def order(self, agent: str) -> tuple[Record, str]:
-        """Return the user_input, and the key by which it is the same, and one, for the same command."""
+        """Return the user_input, and the key by which it is one and the same for the same command; raise Refused."""
         exact = json.dumps(exactly(self.command), indent=2, ensure_ascii=False)
-        shown = (
-            exact if len(exact) <= PROMPT_CHARACTERS else f"{exact[:PROMPT_CHARACTERS]}\n[... {len(exact)} characters]"
-        )
+        shown = "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in exact)
+        if len(shown) > PROMPT_CHARACTERS:
+            raise Refused(
+                f"it cannot be shown to a human: it has {len(shown)} characters, {PROMPT_CHARACTERS} are possible"
+            )
         order: Record = {
             "type": "user_input",
             "prompt": f"May {agent} run this? It asks because: {self.reason}\n{shown}",
         }
         order |= {"inputType": "confirmation", "executionId": self.command["id"], "expiresIn": self.seconds}
         order["metadata"] = {"agent": agent, "sha256": sha256_of(self.command)}
-        return order, f"ask-{self.command['id']}-{sha256_of(self.command)}"
+        return order, f"ask-{digest_of(agent)[:16]}-{sha256_of(self.command)}"
 
     def answer(self, posted: Record | None) -> tuple[Yes | None, str]:
         """Return what the human said, from the user_input when it has ended: a yes, or None and why not."""
@@ -1362,28 +1501,45 @@ class Question(NamedTuple):
         return None, f"nobody allowed it ({self.reason}): {posted.get('error', posted.get('outcome'))}"
 
 
+EXECUTED: tuple[str, ...] = (
+    "id",
+    "type",
+    "command",
+    "path",
+    "content",
+    "query",
+    "service",
+    "operation",
+    "parameters",
+    "region",
+    "profile",
+)
+EXECUTED += ("workingDir", "env", "timeout", "stdin", "pty", "columns", "rows", "encoding", "mode", "append", "offset")
+EXECUTED += (
+    "expectedSha256",
+    "limit",
+    "tail",
+    "recursive",
+    "glob",
+    "after",
+    "paginate",
+    "regex",
+    "ignoreCase",
+    "context",
+)
+
+
 def exactly(command: Record) -> Record:
-    """Return what is done when *command* is executed, without what becomes of it meanwhile."""
-    return {key: value for key, value in command.items() if key not in CHANGING}
-
-
-CHANGING = {
-    "revision",
-    "status",
-    "createdAt",
-    "updatedAt",
-    "startedAt",
-    "endedAt",
-    "attempt",
-    "agent",
-    "claim",
-    "lease",
-}
-CHANGING |= {"leaseUntil", "metadata", "result", "error", "outcome", "cancelRequested", "inputSize", "inputClosed"}
+    """Return what of *command* decides what is done when it is executed."""
+    return {field: command[field] for field in EXECUTED if field in command}
 
 
 def sha256_of(command: Record) -> str:
-    return hashlib.sha256(json.dumps(exactly(command), sort_keys=True).encode()).hexdigest()
+    return digest_of(json.dumps(exactly(command), sort_keys=True))
+
+
+def digest_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Delivery:
@@ -1391,21 +1547,24 @@ class Delivery:
 
     def __init__(self, run: Run, stream: str) -> None:
         self.run, self.stream, self.sent, self.start = run, stream, 0, -1
+        self.first, self.wanted = run.held.get("attempt", 1) == 1, True
 
     def move(self, link: Link) -> bool:
         """Send the next piece; return whether there was one."""
         path = self.run.paths[self.stream]
-        if not path.exists() or (self.start < 0 and self.stream in self.run.told):
+        if not self.wanted or not path.exists():
+            return False
+        if self.first and self.start < 0 and self.stream in self.run.told:  # the result has it all
             return False
         with open(path, "rb") as file:
             piece = os.pread(file.fileno(), PIECE_BYTES, self.sent)
         if not piece:
             return False
         if self.start < 0:  # an earlier attempt may have left some
-            self.start = link.size(self.run.identity, self.stream) if self.run.held.get("attempt", 1) > 1 else 0
-        wanted = link.append(self.run, self.stream, self.start + self.sent, piece)
+            self.start = 0 if self.first else link.size(self.run.identity, self.stream)
+        self.wanted = link.append(self.run, self.stream, self.start + self.sent, piece)
         self.sent += len(piece)
-        return wanted
+        return len(piece) == PIECE_BYTES
 
     def close(self) -> None:
         self.run.paths[self.stream].unlink(missing_ok=True)
@@ -1422,7 +1581,7 @@ class Typing:
         if self.run.stdin < 0:
             return False
         if not self.left and self.taken < self.run.typed:
-            self.left = link.typed(self.run.identity, self.taken)
+            self.left = link.typed(self.run.identity, self.taken, self.run.typed)
             self.taken, self.last = self.taken + len(self.left), self.left[-1:]
         try:
             written = os.write(self.run.stdin, self.left) if self.left else 0
@@ -1465,13 +1624,16 @@ class Agent:
         self.ear, self.mouth = os.pipe()  # whoever wants it to stop says so here; a signal cannot be missed
         os.set_blocking(self.mouth, False)
         self.stopping = threading.Event()  # nothing more is claimed
+        self.guard = threading.RLock()  # of who takes what, against the workers
+        self.failed = ""  # why it stops by itself
 
     def turn(self, seconds: float = HOLD_S) -> None:
         """Look once for what is new, for up to *seconds*, and renew the claims that are due."""
         due = self.renewed + LEASE_S / 3 - self.clock()
         news = self.link.changes(max(0.0, min(seconds, due, ASK_S if self.asked else due)))
         for command in sorted(news.values(), key=lambda command: command.get("createdAt", 0)):
-            self.consider(command)
+            with self.guard:
+                self.consider(command)
         for question in [*self.asked.values()]:
             self.ask(question)
         if self.clock() >= self.renewed + LEASE_S / 3:
@@ -1492,9 +1654,16 @@ class Agent:
         elif pending and self.is_for_us(command):
             verdict, reason = self.policy.judge(command)
             if verdict == "ask":
-                self.asked[command["id"]] = Question(command, reason, self.policy.answer)
+                self.wonder(command, reason)
             else:
                 self.take(command, self.perform if verdict == "run" else partial(self.refuse, reason=reason))
+
+    def wonder(self, command: Record, reason: str) -> None:
+        """Have a question about *command*, if there is none about exactly this."""
+        before = self.asked.get(command["id"])
+        if not before or exactly(before.command) != exactly(command):
+            stale = before.identity if before else ""
+            self.asked[command["id"]] = Question(command, reason, self.policy.answer, stale=stale)
 
     def is_for_us(self, command: Record) -> bool:
         """Return whether *command* is ours to execute, or to refuse: of our types, or meant for us alone."""
@@ -1516,9 +1685,12 @@ class Agent:
         except Exception:  # a defect of ours; a thread of the pool would keep it to itself
             log.exception("%s: the agent failed", run.identity)
         finally:
-            del self.taken[run.identity]
-            if run.again and not self.stopping.is_set():
-                self.consider(run.again)
+            with self.guard:
+                del self.taken[run.identity]
+                if run.again and not self.stopping.is_set():
+                    self.consider(run.again)
+            if self.forks.gone:
+                self.stop("its fork server is gone")
 
     def perform(self, run: Run, yes: Yes | None = None) -> None:
         """Claim the command of *run*, execute it and report how it ended."""
@@ -1531,7 +1703,8 @@ class Agent:
         if not claimed:
             return
         run.held = {**holder, "attempt": claimed["attempt"]}
-        if self.policy.judge(claimed)[0] != "run" and (not yes or yes.sha256 != sha256_of(claimed)):
+        allowed = yes.sha256 == sha256_of(claimed) if yes else self.policy.judge(claimed)[0] == "run"
+        if not (allowed and self.is_for_us(claimed)):
             self.insist(run, {"status": "pending", **run.held})  # it is no longer what was judged: once more
             return
         run.command = self.policy.limited(claimed)
@@ -1539,7 +1712,8 @@ class Agent:
         run.see(claimed)
         with self.carrying(run):
             ended = execute(run)
-        if run.why == "stopped" and ended["outcome"] == "cancelled" and claimed.get("retryable"):
+        unfinished = ended["outcome"] == "lost" or (ended["outcome"] == "cancelled" and run.why == "stopped")
+        if unfinished and claimed.get("retryable"):
             ended = {"status": "pending"}
         try:
             self.insist(run, {**ended, **run.held})
@@ -1586,6 +1760,8 @@ class Agent:
     def ask(self, question: Question) -> None:
         """Have a human asked whether a command may run; when there is an answer, run or refuse it."""
         command = question.command
+        if question.stale:
+            self.link.cancel(question.stale)
         current = self.link.get(command["id"])
         if current is None or current["status"] != "pending":
             del self.asked[command["id"]]
@@ -1598,7 +1774,7 @@ class Agent:
         except Refused as error:
             posted = {"status": "failed", "error": str(error)}
         if posted and posted["status"] in OPEN:
-            self.asked[command["id"]] = question._replace(identity=posted["id"])
+            self.asked[command["id"]] = question._replace(identity=posted["id"], stale="")
             return
         del self.asked[command["id"]]
         yes, said = question.answer(posted)
@@ -1639,18 +1815,21 @@ class Agent:
                     failures = min(failures + 1, 8)
                     log.warning("%s; trying again", error)
                     self.stopping.wait(min(RETRY_S, 0.25 * 2**failures))
-        finally:
-            self.stop()
+        except BaseException as error:
+            self.stop(f"a defect: {error!r}")
+            raise
 
-    def stop(self) -> None:
-        os.write(self.mouth, b"x")
+    def stop(self, why: str) -> None:
+        """Have it stop, which is a failure: *why*."""
+        self.failed = self.failed or why
+        with contextlib.suppress(BlockingIOError):
+            os.write(self.mouth, b"x")
 
     def run(self) -> None:
         """Work until told to stop; then let what runs finish for STOP_S, and end it."""
         follower = threading.Thread(target=self.follow, daemon=True)
         follower.start()
         os.read(self.ear, 1)
-        failed = not follower.is_alive()
         self.stopping.set()
         self.link.close()
         until = time.monotonic() + STOP_S
@@ -1659,17 +1838,32 @@ class Agent:
         for run in [*self.taken.values()]:
             run.end("stopped")
         self.pool.shutdown()
-        if failed:
-            sys.exit("agent: stopped by a defect; see above")
+        if self.failed:
+            sys.exit(f"agent: stopped: {self.failed}")
 
 
 # ---------------------------------------------------------------------------------------- Main
 # argv, the environment, signals.
 
 
+def own_folder() -> Path:
+    """Return a folder for temporary files that is this user's, and end the program if it is another's."""
+    folder = Path(tempfile.gettempdir(), f"kirosync-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = os.lstat(folder)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        sys.exit(f"agent: {folder} is not this user's own; have it removed, or set TMPDIR to another folder")
+    folder.chmod(0o700)
+    return folder
+
+
+def name_of(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
+
+
 def hold_name(name: str, folder: Path) -> IO[str]:
     """Return a file whose lock says that *name* runs here; end the program if another holds it."""
-    file = open(folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', name)}.lock", "a")  # noqa: SIM115  held until the end
+    file = open(folder / f"{name_of(name)}.lock", "a")  # noqa: SIM115  held until the end
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -1688,8 +1882,10 @@ def link_of(arguments: argparse.Namespace) -> tuple[Link, Path]:
         token = Path(arguments.token_file).read_text().strip() if arguments.token_file else token
         if not token:
             sys.exit("agent: --server wants a token: give --token-file FILE, or set KIROSYNC_TOKEN")
-        service = re.sub(r"\W+", "_", arguments.server)
-        return HttpLink(arguments.server, token), Path(tempfile.gettempdir(), f"kirosync-{os.getuid()}", service)
+        if not re.fullmatch(r"[!-~]+", token):
+            sys.exit("agent: the token has characters that no token has: is it one line, of ASCII?")
+        folder = own_folder() / re.sub(r"\W+", "_", arguments.server.rstrip("/").lower())
+        return HttpLink(arguments.server, token, folder / f"{name_of(arguments.name)}.output"), folder
     except ModuleNotFoundError as error:
         sys.exit(
             f"agent: {error.name} is missing: --state needs kirosync.py and its packages beside it, --server urllib3"
@@ -1727,7 +1923,7 @@ def main() -> None:
     arguments = arguments_of()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s [%(process)d] %(levelname)s %(message)s")
     try:
-        policy = read_policy(Path(arguments.policy)) if arguments.policy else Policy()
+        policy = Policy() if arguments.policy is None else read_policy(Path(arguments.policy))
     except BadPolicy as problem:
         sys.exit(f"agent: the policy cannot be followed: {problem}")
     LIBC.prctl(PR_SET_DUMPABLE, 0)  # children of the same user cannot read our environment, nor that of our forks
@@ -1735,6 +1931,7 @@ def main() -> None:
     link, folder = link_of(arguments)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with hold_name(arguments.name, folder):
+        link.open()
         agent = Agent(link, arguments.name, forks, jobs=arguments.jobs, policy=policy)
         signal.set_wakeup_fd(agent.mouth, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -159,6 +159,7 @@ ID_CHARACTERS = 128  # the longest id
 NAME_BYTES = 220  # the longest file name of an id; 255 less ".", ".json" and "." + a revision
 BODY_BYTES = 32 << 20  # of one request: a long conversation is some megabytes
 OUTPUT_BYTES = 64 << 20  # of a stream of a command that is kept
+RESERVE_BYTES = 16 << 20  # of the disk that output leaves free: for how the commands end
 INPUT_BYTES = 16 << 20  # sent to a command: more belongs into a file
 KEY_CHARACTERS = 255  # of an Idempotency-Key
 LAST_REVISION = 10**12  # a change each millisecond for thirty years
@@ -268,6 +269,8 @@ ORDERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 COMMANDS = {kind: shape(required, {**ORDER, **optional}) for kind, (required, optional, _) in ORDERS.items()}
 
 TYPED = shape({"type": Name}, {})
+
+SETTLED = {field for required, optional, _ in ORDERS.values() for field in (*required, *optional, *ORDER)}
 
 # What an agent may say of a command, and what a command says beside what was ordered.
 REPORT = {
@@ -573,7 +576,7 @@ def advance(command: Record, patch: Record, now: int) -> Record:
         return command
     if was in ENDED or status not in NEXT[was] | {was}:
         raise Conflict(f"{command['id']} is {was} and cannot become {status}", status=was)
-    for key in (told.keys() & (command.keys() | ORDER.keys())) - REPORT.keys():
+    for key in (told.keys() & (command.keys() | SETTLED)) - REPORT.keys():
         if key not in command or command[key] != told[key]:
             raise Conflict(f"{command['id']}: {key} is set when it is queued and stays as it is", field=key)
     check_holder(command, patch)
@@ -717,8 +720,10 @@ def from_hand(kind: str, found: Record, edited: int, now: int) -> Record:
     found = without(found, "deletedBefore")  # brought back from deleted/
     if kind == "documents":
         return {**found, "timestamp": max(found.get("timestamp", edited), min(edited, now))}
+    if kind == "commands" and found.get("status", "pending") == "pending":
+        check_command(found)
     if kind == "commands" and "status" not in found:
-        return new_command(check_command(found), now)
+        return new_command(found, now)
     if kind == "commands":
         return {**found, "createdAt": found.get("createdAt", now), "updatedAt": found.get("updatedAt", now)}
     return found
@@ -1424,13 +1429,13 @@ class Store:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                size = os.fstat(fd).st_size
-                if offset > size and size < OUTPUT_BYTES:
-                    raise Conflict(
-                        f"offset: there are {size} bytes of {stream}; what comes after is missing", size=size
-                    )
+                size, free = os.fstat(fd).st_size, os.fstatvfs(fd)
+                limit = OUTPUT_BYTES if free.f_bavail * free.f_frsize > RESERVE_BYTES else size
+                if offset > size and size < limit:
+                    missing = f"offset: there are {size} bytes of {stream}; what comes after is missing"
+                    raise Conflict(missing, size=size)
                 os.lseek(fd, offset, os.SEEK_SET)
-                write_all(fd, piece[: max(0, OUTPUT_BYTES - offset)])
+                write_all(fd, piece[: max(0, limit - offset)])
                 os.fdatasync(fd)
                 if size == 0:
                     sync_folder(path.parent)
@@ -1748,7 +1753,7 @@ class Store:
                 if is_name(file.stem) and (kind, identity, "put") in self.recent:
                     continue
                 self._suspects[kind, file.stem] = 0
-                with contextlib.suppress(FileNotFoundError, Unreadable):
+                with contextlib.suppress(FileNotFoundError, Unreadable, Malformed):
                     entry, record = read_record(kind, file.stem, file)
                     if entry.revision > head and entry.revision not in seen and from_hand(kind, record, 0, 0) == record:
                         seen.add(entry.revision)
@@ -2251,7 +2256,7 @@ class Service:
 
         def ready() -> bool:
             entry = self.store.get("commands", identity)
-            return entry is None or entry.status() in ENDED or self.store.extent(identity, stream) > offset
+            return entry is None or entry.status() in ENDED or self.store.extent(identity, stream) != offset
 
         self.hold(ready, self.seconds(), [("commands", identity)], OUTPUT_POLL_S)
         command = existing("commands", self.store.get("commands", identity)).record(identity)
@@ -2291,8 +2296,9 @@ class Service:
             raise Conflict(f"{identity} is {command['status']}: it prints nothing", status=command["status"])
         held: Record = {name: query[name] for name in ("agent", "claim") if name in query}
         check_holder(command, {**held, "attempt": self.number("attempt", command.get("attempt", 1))})
-        size = self.store.append(identity, stream, offset, self.raw())
-        return {"size": size, **({"truncated": True} if size >= OUTPUT_BYTES else {})}
+        piece = self.raw()
+        size = self.store.append(identity, stream, offset, piece)
+        return {"size": size, **({"truncated": True} if size < offset + len(piece) else {})}
 
     def post_input(self, identity: str) -> Record:
         """Send {"data"} to the stdin of a command that was queued with "stdin": true; "close": true ends it.
@@ -2338,23 +2344,36 @@ class Service:
         self.hold(ended, seconds, [("commands", identity)])
 
     def sweep(self) -> None:
-        """End the commands that are overdue, as they become so, until the store is closed."""
-        due: dict[str, float] = {}
+        """End the commands that are overdue, as they become so, until the store is closed.
+
+        What is left of a time is counted from when it was seen: a clock that jumps ends nothing.
+        """
+        due: dict[str, tuple[float, Record]] = {}  # when (s, monotonic), and the command as it was seen
         cursor = None
         while not self.store.closed:
             delta = self.store.delta(cursor)
             cursor = delta.cursor
             for identity, entry in delta.changed["commands"].items():
-                due[identity] = deadline(entry.record(identity), self.listening) or float("inf")
-            now = self.store.clock()
-            late = [identity for identity, moment in due.items() if moment < now]
+                due[identity] = self.due(entry.record(identity))
+            late = [command for moment, command in due.values() if moment < time.monotonic()]
             try:
                 if late:
                     self.store.change(lambda pen, late=late: expire(pen, late, self.listening))  # type: ignore[misc]
-                due = {identity: moment for identity, moment in due.items() if now <= moment < float("inf")}
+                due = {command["id"]: (moment, command) for moment, command in due.values() if moment < float("inf")}
+                due = {identity: seen for identity, seen in due.items() if seen[1] not in late}
             except Refusal as refusal:
                 log.warning("commands that are overdue must wait: %s", refusal)
+                self.listening = self.store.clock()  # nor could an agent report
+                due |= {command["id"]: self.due(command) for command in late}
             time.sleep(SWEEP_S)
+
+    def due(self, command: Record) -> tuple[float, Record]:
+        """Return when (s, monotonic) *command* will be overdue, infinity if never, and *command*."""
+        moment = deadline(command, self.listening)
+        if moment is None:
+            return float("inf"), command
+        left = min(moment - self.store.clock(), moment - command["updatedAt"])
+        return time.monotonic() + left / 1000, command
 
 
 def header(name: str) -> str:
@@ -2376,10 +2395,12 @@ def decoded(text: str, encoding: str) -> bytes:
         raise Malformed("data", "is not base64") from None
 
 
-def expire(pen: Pen, identities: list[str], listening: float) -> None:
-    for identity in identities:
-        if known := pen.get("commands", identity):
-            put_command(pen, known, overdue(known, pen.now, listening))
+def expire(pen: Pen, late: Iterable[Record], listening: float) -> None:
+    """End those commands that are still as they were when they became overdue, whatever the clock says by now."""
+    for command in late:
+        if pen.get("commands", command["id"]) == command:
+            now = max(pen.now, round(deadline(command, listening) or 0) + 1)
+            put_command(pen, command, overdue(command, now, listening))
 
 
 def existing(kind: str, record: T | None) -> T:
@@ -2529,6 +2550,9 @@ def listen(service: Service, threads: int) -> Any:
 
 
 def serve(arguments: argparse.Namespace) -> None:
+    ctypes.CDLL(None).prctl(
+        4, 0
+    )  # PR_SET_DUMPABLE: commands of the same user cannot read our memory, nor the token in it
     logging.basicConfig(level=logging.INFO, format="%(asctime)s [%(process)d] %(levelname)s %(message)s")
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of every request that waits a moment
     with contextlib.suppress(ValueError, OSError):  # a connection takes one, and many may be held

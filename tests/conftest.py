@@ -156,6 +156,8 @@ def agent(request, server, state, tmp_path):
     process = Process(
         "agent.py", *link, "--name", f"agent-{request.param}", environment=environment, log=tmp_path / "agent.log"
     )
+    until(lambda: process.popen.poll() is not None or "INFO agent" in (tmp_path / "agent.log").read_text())
+    assert process.popen.poll() is None, (tmp_path / "agent.log").read_text()
     yield server
     assert process.end() == 0, (tmp_path / "agent.log").read_text()
 

@@ -74,7 +74,9 @@ def test_working_directory_and_environment_are_as_ordered_and_secrets_stay_out(a
     lines = done["result"]["stdout"].splitlines()
     assert lines[0] == str(tmp_path)
     assert {"GREETING=grüß", "ORDINARY=for children"} <= set(lines)
-    assert not any("KIROSYNC" in line or TOKEN in line for line in lines)
+    named = {line.partition("=")[0] for line in lines if line.startswith("KIROSYNC")}
+    assert named == {program.MARK}
+    assert not any(TOKEN in line for line in lines)
     done = agent.run(type="execute_bash", command="pwd", workingDir="/no/such/place")
     assert (done["status"], done["error"]) == ("failed", "workingDir: no /no/such/place")
 
@@ -160,7 +162,7 @@ def test_aws_operations_in_every_spelling(agent, moto):
     where = {"LocationConstraint": "eu-central-1"}
     assert aws(agent, "s3", "create-bucket", {"bucket": bucket, "CreateBucketConfiguration": where})["outcome"] == "ok"
     aws(agent, "s3", "PutObject", {"Bucket": bucket, "Key": "k", "Body": "content"})
-    got = aws(agent, "S3", "get_object", {"Bucket": bucket, "Key": "k"})["result"]
+    got = aws(agent, "s3", "get_object", {"Bucket": bucket, "Key": "k"})["result"]
     assert got["Body"] == "content"
     assert got["LastModified"].startswith("20")
     pages = aws(agent, "s3", "list-objects-v2", {"Bucket": bucket}, paginate=True, region="eu-central-1")["result"]
@@ -257,8 +259,7 @@ def test_reading_a_part_of_a_file(tmp_path):
 
 def test_reading_more_than_a_result_holds_says_so(tmp_path):
     path = tmp_path / "large"
-    with path.open("wb") as file:
-        file.truncate(program.READ_BYTES + 5)
+    path.write_text("x" * (program.READ_BYTES + 5))
     result = execute(type="read_file", path=str(path))
     assert (len(result["content"]), result["size"], result["truncated"]) == (
         program.READ_BYTES,
@@ -585,3 +586,96 @@ def test_a_relative_working_directory_counts_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = execute(type="code_search", query="needle", workingDir="sub")
     assert [match["path"] for match in found["matches"]] == ["f.py"]
+
+
+def test_a_written_file_keeps_even_the_mode_that_a_new_owner_would_lose(tmp_path):
+    path = tmp_path / "tool"
+    path.write_text("old")
+    if os.geteuid() == 0:
+        os.chown(path, 12, 34)
+    path.chmod(0o4755)
+    execute(type="write_file", path=str(path), content="new")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o4755
+
+
+def test_a_large_file_is_replaced_without_reading_it(tmp_path):
+    path = tmp_path / "large"
+    with path.open("wb") as file:
+        file.truncate(50 << 30)
+    started = time.monotonic()
+    assert execute(type="write_file", path=str(path), content="small")["created"] is False
+    assert time.monotonic() - started < 5
+    assert path.read_text() == "small"
+
+
+def test_a_killed_writer_leaves_nothing_behind(tmp_path):
+    order = {"id": "c", "type": "write_file", "path": str(tmp_path / "f"), "content": "x" * 20_000_000, "timeout": 60}
+    run = program.Run(order, FORKS)
+    thread = threading.Thread(target=program.execute, args=(run,))
+    thread.start()
+    for _ in range(40):
+        time.sleep(0.005)
+        if run.line:
+            run.line.shutdown(socket.SHUT_RDWR)  # as if the agent had been killed
+            break
+    thread.join()
+    until(lambda: {path.name for path in tmp_path.iterdir()} <= {"f"}, 3)
+
+
+def test_a_file_whose_size_is_not_known_is_read_to_its_end():
+    result = execute(type="read_file", path="/proc/cpuinfo")
+    assert "processor" in result["content"]
+    assert result["size"] == len(result["content"].encode())
+    assert "truncated" not in result
+
+
+def test_the_pages_of_a_large_directory_hold_every_entry_once(tmp_path):
+    names = {f"file {number}" for number in range(3000)} | {r"a\xff", "ü"}
+    for name in names:
+        (tmp_path / name).touch()
+    (tmp_path / os.fsdecode(b"a\xff")).touch()
+    seen, after = [], {}
+    while True:
+        page = execute(type="list_directory", path=str(tmp_path), limit=700, **after)
+        seen += [entry["name"] for entry in page["entries"]]
+        if not page["truncated"]:
+            break
+        after = {"after": page["next"]}
+    assert len(seen) == len(set(seen)) == len(names) + 1
+    assert seen == sorted(seen)
+
+
+def test_a_directory_of_a_hundred_thousand_entries_is_listed_in_bounded_pages(tmp_path):
+    for number in range(100_000):
+        os.close(os.open(tmp_path / f"{number:06}", os.O_CREAT))
+    page = execute(type="list_directory", path=str(tmp_path), limit=10**6)
+    assert (len(page["entries"]), page["truncated"], page["next"]) == (program.ENTRIES, True, "009999")
+    last = execute(type="list_directory", path=str(tmp_path), after="099989")
+    assert (len(last["entries"]), last["truncated"]) == (10, False)
+
+
+def test_a_token_that_is_none_is_not_shown(tmp_path, start):
+    (tmp_path / "token").write_text("SECRET\nMORE\n")
+    argv = ("agent.py", "--server", "http://127.0.0.1:1", "--token-file", tmp_path / "token")
+    assert start(Process, *argv, log=tmp_path / "log").popen.wait(20) == 1
+    assert "SECRET" not in (tmp_path / "log").read_text()
+
+
+def test_binary_goes_to_aws_and_back(agent, moto):
+    table = f"table-{time.time_ns()}"
+    key = {"AttributeName": "k", "AttributeType": "S"}
+    schema = [{"AttributeName": "k", "KeyType": "HASH"}]
+    made = {"TableName": table, "AttributeDefinitions": [key], "KeySchema": schema, "BillingMode": "PAY_PER_REQUEST"}
+    assert aws(agent, "dynamodb", "create-table", made)["outcome"] == "ok"
+    raw = {"content": base64.b64encode(b"\xff\x00").decode(), "encoding": "base64"}
+    item = {"k": {"S": "one"}, "b": {"B": raw}}
+    assert aws(agent, "dynamodb", "PutItem", {"TableName": table, "Item": item})["outcome"] == "ok"
+    got = aws(agent, "dynamodb", "get_item", {"TableName": table, "Key": {"k": {"S": "one"}}})["result"]
+    assert got["Item"]["b"]["B"] == raw
+
+
+def test_pages_of_aws_are_gathered_up_to_a_limit(agent, moto):
+    for number in range(5):
+        aws(agent, "sqs", "create-queue", {"QueueName": f"q{time.time_ns()}-{number}"})
+    found = aws(agent, "sqs", "list-queues", paginate=True, limit=3)["result"]
+    assert len(found["QueueUrls"]) == 3

@@ -64,7 +64,7 @@ def test_a_cancelled_command_does_not_go_back_to_the_queue(client, store, clock)
     ended = client.patch_json(f"/command/{handed}", {"status": "pending", "agent": "a"}).json
     assert (ended["status"], ended["outcome"]) == ("failed", "cancelled")
     clock.now += 46_000
-    store.change(lambda pen: kirosync.expire(pen, [lost], 0))
+    store.change(lambda pen: kirosync.expire(pen, [pen.get("commands", lost)], 0))
     assert client.get(f"/command/{lost}").json["outcome"] == "lost"
 
 
@@ -502,7 +502,8 @@ def test_an_agent_whose_fork_server_was_killed_stops(server, state, tmp_path, st
     for _ in range(2):  # one supervisor was ready
         done = ended(server, start_command(server, "true"), 5)
     assert "fork server is gone" in done.get("error", "")
-    assert agent.popen.wait(10) == 0
+    assert agent.popen.wait(10) == 1
+    assert (tmp_path / "agent.log").read_text().endswith("agent: stopped: its fork server is gone\n")
 
 
 def test_supervisors_do_not_outlive_a_stopped_agent(state, tmp_path, start):
@@ -523,3 +524,138 @@ def test_a_thousand_short_commands_are_not_held_up_by_long_ones(server, state, t
     for identity in long:
         server.ask("POST", f"/command/{identity}/cancel")
     assert {ended(server, identity)["outcome"] for identity in long} == {"cancelled"}
+
+
+def test_a_cancel_that_meets_the_end_leaves_no_doubt_how_it_ended(agent):
+    outcomes = set()
+
+    def race(number):
+        for round_ in range(25):
+            identity = start_command(agent, "sleep 0.05")
+            time.sleep(0.03 + (number + round_) % 5 / 100)
+            agent.ask("POST", f"/command/{identity}/cancel")
+            outcomes.add(ended(agent, identity)["outcome"])
+
+    threads = [threading.Thread(target=race, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes <= {"ok", "cancelled"}
+
+
+def test_a_command_that_kills_its_supervisor_is_lost_and_leaves_nothing(agent, tmp_path):
+    mark = f"99{os.getpid()}"
+    done = ended(agent, start_command(agent, f"setsid sleep {mark}1 & kill -9 $PPID; sleep {mark}2"))
+    assert (done["status"], done["outcome"]) == ("failed", "lost")
+    assert not alive(mark)
+    once = f"test -e {tmp_path}/once || {{ touch {tmp_path}/once; kill -9 $PPID; sleep 9; }}; echo again"
+    done = ended(agent, start_command(agent, once, retryable=True))
+    assert (done["outcome"], done["attempt"], done["result"]["stdout"]) == ("ok", 2, "again\n")
+
+
+def test_a_command_that_stops_its_supervisor_still_ends(agent):
+    mark = f"66{os.getpid()}"
+    done = ended(agent, start_command(agent, f"kill -STOP $PPID; sleep {mark}", timeout=1))
+    assert (done["outcome"], done["result"]["exitCode"]) == ("timeout", 130)
+    stopped = "kill -STOP $(ps -o ppid= -p $PPID); true"
+    assert ended(agent, start_command(agent, stopped))["outcome"] == "ok"
+    outcomes = {ended(agent, start_command(agent, "true", timeout=1))["outcome"] for _ in range(3)}
+    assert outcomes <= {"ok", "timeout"}
+    assert not alive(mark)
+
+
+def test_a_command_that_cannot_be_started_leaves_no_descriptor_open(server, state, tmp_path, start):
+    agent = start(Process, "agent.py", "--state", state, "--name", "a", log=tmp_path / "agent.log")
+    opened = Path(f"/proc/{agent.popen.pid}/fd")
+    counts = []
+    for pty in (False, True):
+        for _ in range(6):
+            done = ended(server, start_command(server, "true;" + "#" * 140_000, stdin=True, pty=pty))
+            assert (done["outcome"], done["error"].partition(" (")[0]) == (
+                "error",
+                "command and env are too long to be passed on",
+            )
+            counts.append(len([*opened.iterdir()]))
+    assert counts[-1] <= counts[3]
+
+
+def test_an_agent_over_http_leaves_no_file_behind(server, tmp_path, start):
+    (tmp_path / "token").write_text(TOKEN)
+    argv = ("agent.py", "--server", server.url + "/", "--token-file", tmp_path / "token", "--name", "tidy")
+    environment = {"TMPDIR": str(tmp_path)}
+    agent = start(Process, *argv, log=tmp_path / "agent.log", environment=environment)
+    ended(server, start_command(server, "head -c 3000000 /dev/zero"))
+    spool = next(tmp_path.glob("kirosync-*/*/tidy.output"))
+    assert not [*spool.iterdir()]
+    identity = start_command(server, "echo x; sleep 60")
+    printed(server, identity)
+    agent.end(9)
+    assert [*spool.iterdir()]
+    argv = ("agent.py", "--server", server.url, *argv[3:])  # without the slash: the same service
+    start(Process, *argv, log=tmp_path / "agent.log", environment=environment)
+    assert ended(server, identity)["outcome"] == "lost"
+    assert not [*spool.iterdir()]
+    twin = start(Process, *argv, log=tmp_path / "twin.log", environment=environment)
+    assert twin.popen.wait(20) == 1
+
+
+# Time and space
+
+
+@pytest.fixture
+def sweeping(store):
+    """A service whose sweep is running."""
+    service = kirosync.Service(store, TOKEN)
+    thread = threading.Thread(target=service.sweep)
+    thread.start()
+    yield service
+    store.release()
+    thread.join()
+
+
+def test_a_clock_that_jumps_ends_no_lease(client, store, clock, sweeping):
+    identity = queued(client)
+    claimed(client, identity, agent="a", lease=45)
+    time.sleep(kirosync.SWEEP_S * 1.5)
+    clock.now += 3_600_000
+    client.post_json("/sync", {"documents": {"d": {"content": "x", "timestamp": 1}}})
+    time.sleep(kirosync.SWEEP_S * 1.5)
+    assert client.get(f"/command/{identity}").json["status"] == "processing"
+
+
+def test_a_disk_that_was_full_gives_agents_the_time_to_report(client, store, clock, sweeping, monkeypatch):
+    identity = queued(client)
+    claimed(client, identity, agent="a", lease=1)
+
+    def full(self, lines):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kirosync.Journal, "enter", full)
+    clock.now += 5000
+    time.sleep(kirosync.SWEEP_S * 2.5)
+    monkeypatch.undo()
+    time.sleep(kirosync.SWEEP_S * 1.5)
+    assert client.get(f"/command/{identity}").json["status"] == "processing"
+    done = client.patch_json(f"/command/{identity}", {"status": "completed", "agent": "a"}).json
+    assert done["outcome"] == "ok"
+
+
+def test_output_leaves_room_on_the_disk_for_how_commands_end(client, running, monkeypatch, state):
+    monkeypatch.setattr(kirosync, "RESERVE_BYTES", 1 << 60)
+    assert append(client, running, 0, b"12345") == {"size": 0, "truncated": True}
+    client.patch_json(f"/command/{running}", {"status": "completed", "agent": "a", "claim": "d"})
+
+
+@pytest.mark.parametrize("field", ["pty", "rows", "stdin", "limit", "append", "path"])
+def test_what_was_ordered_cannot_be_changed_by_a_report(client, field):
+    identity = queued(client)
+    assert field in client.patch_json(f"/command/{identity}", {field: 1}, status=409).json["error"]
+
+
+def test_a_file_put_there_by_hand_that_no_agent_could_execute_is_set_aside(server, state, tmp_path, start):
+    start(Process, "agent.py", "--state", state, "--name", "a", log=tmp_path / "agent.log")
+    odd = {"type": "execute_bash", "command": 5, "status": "pending"}
+    (state / "commands" / "odd.json").write_text(json.dumps(odd))
+    until(lambda: [*(state / "quarantine").glob("commands.odd.*.reason")])
+    assert server.run(type="execute_bash", command="true")["outcome"] == "ok"

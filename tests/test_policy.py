@@ -205,9 +205,9 @@ def test_a_yes_is_for_exactly_the_command_that_was_shown(server, agent_with, tmp
     record = json.loads(path.read_text())
     path.write_text(json.dumps({**record, "command": f"echo evil >> {tmp_path}/ran; echo careful"}))
     until(lambda: json.loads(path.read_text())["revision"] > record["revision"])
-    answer(server, question, "yes")
-    second, said = question_of(server, identity)
-    assert second != question
+    patch = {"status": "completed", "result": {"value": "yes"}}
+    server.ask("PATCH", f"/command/{question}", json=patch)  # 409 if the agent was quicker to withdraw it
+    second, said = until(lambda: (found := question_of(server, identity))[0] != question and found)
     assert "echo evil" in said["prompt"]
     assert not (tmp_path / "ran").exists()
     answer(server, second, "no")
@@ -231,6 +231,87 @@ def test_a_yes_that_has_expired_is_none():
     question = program.Question({"id": "c", "type": "execute_bash"}, "why", 60)
     yes, _ = question.answer({"status": "completed", "createdAt": 5_000, "result": {"value": "yes"}})
     assert yes.until == 65
+
+
+def test_two_agents_ask_each_for_itself_and_one_yes_is_enough(server, agent_with, tmp_path):
+    agent_with(ASK, name="a")
+    agent_with(ASK, name="b")
+    identity = asked(server, tmp_path)
+    questions = until(
+        lambda: (
+            (found := server.ask("GET", "/commands?type=user_input").json()["commands"]) and len(found) == 2 and found
+        )
+    )
+    answer(server, min(questions), "yes")
+    assert server.ask("GET", f"/command/{identity}?wait=10").json()["outcome"] == "ok"
+    assert (tmp_path / "ran").read_text() == "ran\n"
+    other = server.ask("GET", f"/command/{max(questions)}?wait=10").json()
+    assert other["outcome"] == "cancelled"
+
+
+def test_a_human_is_shown_all_of_what_would_run_and_nothing_that_misleads():
+    hidden = {"id": "c", "type": "execute_bash", "zzz": "x" * 99_999, "command": "echo \u202egnp\x9b; größe\n"}
+    order, _ = program.Question(hidden, "why", 60).order("a")
+    assert "echo \\u202egnp\\x9b; größe" in order["prompt"]
+    assert "zzz" not in order["prompt"]
+    with pytest.raises(program.Refused, match="cannot be shown to a human"):
+        program.Question({**hidden, "command": "x" * 64_000}, "why", 60).order("a")
+
+
+@pytest.mark.parametrize("operation", ["delete-bucket", "delete_bucket", "DeleteBucket"])
+@pytest.mark.parametrize("pattern", ["^delete-", "delete_bucket", "(?i)deletebucket"])
+def test_a_rule_about_an_operation_holds_in_every_spelling(operation, pattern):
+    rule = program.Rule({"operation": program.re.compile(pattern)}, "")
+    assert rule.covers({"type": "aws_operation", "operation": operation})
+
+
+def test_other_spellings_than_those_three_are_none():
+    for spelling in ("De-lete-Bucket", "deletebucket", "DELETE-BUCKET"):
+        with pytest.raises(program.Failed, match="perhaps"):
+            program.spelled("operation", spelling, ["delete_bucket", "list_buckets"])
+
+
+def test_the_environment_of_a_command_is_not_for_work_with_files_or_aws(server, agent_with, tmp_path):
+    (tmp_path / "rg").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "rg").chmod(0o755)
+    agent_with('types = ["code_search"]')
+    done = server.run(type="code_search", query="touch", path=str(tmp_path), env={"PATH": str(tmp_path)})
+    assert done["result"]["matches"]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_claimed_command_that_is_no_longer_what_was_judged_goes_back(server, agent_with, tmp_path):
+    agent_with('types = ["code_search", "read_file"]')
+    (tmp_path / "slow.txt").write_text("a" * 40 + "b\na\n")
+    slow = {"type": "code_search", "query": "(a+)+$", "regex": True, "path": str(tmp_path), "timeout": 3}
+    server.ask("POST", "/command", json=slow)
+    order = {"type": "read_file", "path": "/etc/hostname"}
+    identity = server.ask("POST", "/command", json=order).json()["commandId"]
+    time.sleep(0.5)
+    server.ask("DELETE", f"/command/{identity}")
+    now = round(time.time() * 1000) + 1000
+    evil = {"type": "execute_bash", "command": f"touch {tmp_path}/ran", "status": "pending"}
+    push = {"commands": {identity: {**evil, "createdAt": now, "updatedAt": now}}}
+    assert server.ask("POST", "/sync", json=push).status_code == 200
+    time.sleep(5)
+    assert server.ask("GET", f"/command/{identity}").json()["status"] == "pending"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_empty_name_is_no_policy(tmp_path, start):
+    argv = ("agent.py", "--state", tmp_path / "state", "--policy", "")
+    assert start(Process, *argv, log=tmp_path / "log").popen.wait(20) == 1
+    assert "the policy cannot be followed" in (tmp_path / "log").read_text()
+
+
+def test_a_policys_timeout_holds_for_work_with_files_too():
+    assert program.Policy(timeout=3).limited({"type": "code_search"})["timeout"] == 3
+    assert program.Policy().limited({"type": "code_search"})["timeout"] == program.FILES_S
+
+
+def test_a_reason_is_no_regular_expression(policy):
+    understood = program.read_policy(policy('[[refuse]]\ncommand = "x"\nreason = "see the wiki :("'))
+    assert understood.judge({"type": "execute_bash", "command": "x"}) == ("refuse", "see the wiki :(")
 
 
 # Roots
@@ -266,6 +347,17 @@ def test_nothing_outside_of_the_roots_is_touched(rooted, kind, path):
     if isinstance(failure.value, program.Failed) and "directory" not in str(failure.value):
         assert failure.value.outcome == "refused"
         assert "outside of what this agent's policy allows" in str(failure.value)
+
+
+@pytest.mark.parametrize("kind", ["read_file", "write_file", "list_directory", "code_search"])
+def test_whether_anything_is_there_outside_of_the_roots_is_not_told(rooted, kind):
+    said = set()
+    for path in ("/etc", "/etc/passwd", "/etc/no/such/file", "/proc/self/fd/1"):
+        with pytest.raises(program.Failed) as failure:
+            execute(type=kind, path=path, content="x", query="x", workingDir="/no/such/place")
+        assert failure.value.outcome == "refused"
+        said.add(str(failure.value).partition(" is outside")[2])
+    assert len(said) == 1
 
 
 def test_inside_of_the_roots_all_is_as_ever(rooted):
