@@ -3,9 +3,11 @@
 import base64
 import contextlib
 import hashlib
+import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
