@@ -56,7 +56,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from io import BufferedReader
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn, Protocol
 from urllib.parse import quote
@@ -115,7 +115,7 @@ class Failed(Exception):
 
 
 LIBC = ctypes.CDLL(None)
-PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36  # prctl(2)
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 4, 36  # prctl(2)
 
 
 class ForkServer:
@@ -182,6 +182,7 @@ def serve_forks(line: socket.socket) -> NoReturn:
         os.close(heard)
         if not said:  # it could not be started, or was killed before it had anything to do
             time.sleep(FORK_PAUSE_S)
+            said = GONE if select.select([line], [], [], 0)[0] and not line.recv(1, socket.MSG_PEEK) else said
     os._exit(0)
 
 
@@ -234,14 +235,16 @@ def supervise(orders: socket.socket, tell: int) -> NoReturn:
     orders.close()
     paper, line_fd, *streams = fds
     line = socket.socket(fileno=line_fd)
+    child, said = 0, {"error": "it was ended before it could be started", "outcome": "cancelled"}
     try:
-        with open(paper) as order:
-            order.seek(0)
-            child, said = begin(json.load(order), streams), {}
+        if not select.select([line], [], [], 0)[0]:  # it was not given up while no process could be started
+            with open(paper) as order:
+                order.seek(0)
+                child, said = begin(json.load(order), streams), {}
     except OSError as error:
-        child, said = 0, {"error": explain(error)}
+        said = {"error": explain(error)}
     except Exception as error:  # a NUL byte in the command, a number where text belongs
-        child, said = 0, {"error": f"{type(error).__name__}: {error}"}
+        said = {"error": f"{type(error).__name__}: {error}"}
     with contextlib.suppress(OSError):  # the fork server was killed
         os.write(tell, TAKEN)  # only now: to fork the next one takes as long as all of this
     for fd in (tell, *streams):
@@ -265,6 +268,7 @@ def begin(order: Record, streams: Sequence[int]) -> int:
         )
     pid = os.fork()
     if pid == 0:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # should its supervisor be killed
         os.setsid()
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -272,6 +276,7 @@ def begin(order: Record, streams: Sequence[int]) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for place, fd in enumerate(streams):
             os.dup2(fd, place)
+        os.closerange(3, max(map(int, os.listdir("/proc/self/fd"))) + 1)
         execute_here(**order)
     return pid
 
@@ -386,7 +391,8 @@ class Capture:
         """Let go of the file, which is made durable if the result does not hold all that is in it."""
         if self.fd >= 0:
             with contextlib.suppress(OSError):
-                os.fsync(self.fd) if self.left_out else None
+                if self.left_out:
+                    os.fsync(self.fd)
             os.close(self.fd)
 
     @property
@@ -794,11 +800,11 @@ def replace(file: Path, content: bytes, before: BufferedReader | None, mode: str
     """Put *before* and *content* in place of *file*, synced; return the sha256.
 
     It has the *mode* (octal), else the one that *file* had, else that of new files. Until it is whole it has no name,
-    so that nothing is left of it if this process is killed.
+    where the file system can do that, so that nothing is left of it if this process is killed.
     """
     temporary = file.with_name(f".kirosync-{secrets.token_hex(8)}")
     try:
-        with open(os.open(file.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600), "w+b") as written:
+        with nameless(temporary) as written:
             if before:
                 before.seek(0)
                 shutil.copyfileobj(before, written, PIECE_BYTES)
@@ -808,16 +814,26 @@ def replace(file: Path, content: bytes, before: BufferedReader | None, mode: str
             written.seek(0)
             digest = hashlib.file_digest(written, "sha256").hexdigest()
             os.fsync(written.fileno())
-            fd = written.fileno()  # without a descriptor of a folder, of no use here, Python would not follow the link
-            os.link(f"/proc/self/fd/{fd}", temporary, src_dir_fd=fd, follow_symlinks=True)
-        try:
-            os.replace(temporary, file)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise Failed(f"{path}: cannot be written: {error.strerror}") from None
+            fd = written.fileno()
+            if not temporary.exists():  # without a descriptor, of no other use here, Python would not follow the link
+                os.link(f"/proc/self/fd/{fd}", temporary, src_dir_fd=fd, follow_symlinks=True)
+        os.replace(temporary, file)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise Failed(f"{path}: cannot be written: {error.strerror}") from None
+        raise
     return digest
+
+
+def nameless(temporary: Path) -> BufferedRandom:
+    """Open a new file in the folder of *temporary* that has no name; where that cannot be, it has this one."""
+    try:
+        return open(os.open(temporary.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600), "w+b")
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+    return open(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600), "w+b")
 
 
 def dress(fd: int, file: Path, mode: str | None) -> None:
@@ -959,11 +975,13 @@ def aws_operation(command: Record) -> Any:
 
     try:
         session = boto3.Session(profile_name=command.get("profile"), region_name=command.get("region"))
-        client = session.client(spelled("service", command["service"], session.get_available_services()))
-        operations = client.meta.method_to_api_mapping
-        operation = spelled("operation", command["operation"], operations)
+        services = session.get_available_services()
+        client = session.client(spelled("service", command["service"], dict(zip(services, services, strict=True))))
+        operations = client.meta.method_to_api_mapping  # boto3's name: the API's
+        known_as = {**every_spelling(operations), **{api: name for name, api in operations.items()}}
+        operation = spelled("operation", command["operation"], known_as)
         known = client.meta.service_model.operation_model(operations[operation]).input_shape
-        members = known.members if known else {}
+        members = every_spelling(known.members if known else ())
         parameters = {spelled("parameters", key, members): sent(value) for key, value in command["parameters"].items()}
         if len(parameters) < len(command["parameters"]):
             raise Failed("parameters: two of them are one, spelled in two ways")
@@ -983,14 +1001,17 @@ def aws_operation(command: Record) -> Any:
         raise Failed(str(error)) from None
 
 
-def spelled(field: str, given: str, known: Iterable[str]) -> str:
-    """Return the one of *known* that *given* spells: list-buckets, ListBuckets and list_buckets are one."""
-    there = {spelling: name for name in known for spelling in spellings(name)}
+def spelled(field: str, given: str, there: dict[str, str]) -> str:
+    """Return what *given* stands for in *there*, {spelling: name}; raise Failed with what comes near."""
     if given not in there:
         near = difflib.get_close_matches(given, there, 5, 0.4) or sorted(there)[:8]
         names = ", ".join(dict.fromkeys(there[each] for each in near))
         raise Failed(f"{field}: no {given!r} here; of {len(set(there.values()))} there are, perhaps {names}")
     return there[given]
+
+
+def every_spelling(names: Iterable[str]) -> dict[str, str]:
+    return {spelling: name for name in names for spelling in spellings(name)}
 
 
 def spellings(name: str) -> tuple[str, ...]:
@@ -1091,9 +1112,7 @@ class Policy(NamedTuple):
     """What a policy file says; where there is none, everything is allowed."""
 
     types: Sequence[str] = ()  # that are executed; all of them, if there is none
-    roots: Sequence[
-        str
-    ] = ()  # outside of which no file is read, written, listed or searched; anywhere, if there is none
+    roots: Sequence[str] = ()  # outside of which files are out of reach; nowhere, if there is none
     timeout: float = RUN_S  # s of running for a command that does not say
     longest: float = LONGEST_S  # s of running for a command that says more
     answer: float = ANSWER_S  # s in which a yes must come, and be used
@@ -1156,7 +1175,14 @@ def meaning(key: str, value: Any) -> Any:
         raise BadPolicy(f"{key} must be {wanted}", key)
     if key in ("refuse", "ask"):
         return [read_rule(table, key, number) for number, table in enumerate(value)]
-    return [os.path.realpath(os.path.expanduser(root)) for root in value] if key == "roots" else value
+    return [real_folder(root) for root in value] if key == "roots" else value
+
+
+def real_folder(root: str) -> str:
+    real = os.path.realpath(os.path.expanduser(root))
+    if not os.path.isdir(real):
+        raise BadPolicy(f"roots: {root} is not a folder", "roots")
+    return real
 
 
 def strings(value: Any) -> bool:
@@ -1171,24 +1197,23 @@ def tables(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(each, dict) for each in value)
 
 
-def folders(value: Any) -> bool:
-    return strings(value) and all(os.path.isdir(os.path.expanduser(root)) for root in value)
-
-
 MEANINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "types": (
         f"a list of some of {', '.join(EXECUTORS)}",
         lambda value: strings(value) and set(value) <= EXECUTORS.keys(),
     ),
-    "roots": ("a list of folders that are there", folders),
+    "roots": ("a list of folders", strings),
     "timeout": (f"a number of seconds up to {LONGEST_S:.0f}", seconds),
     "longest": (f"a number of seconds up to {LONGEST_S:.0f}", seconds),
     "answer": (f"a number of seconds up to {LONGEST_S:.0f}", seconds),
     "refuse": ("tables: [[refuse]]", tables),
     "ask": ("tables: [[ask]]", tables),
 }
-FIELDS: tuple[str, ...] = ("type", "command", "path", "content", "query", "service", "operation", "parameters")
-FIELDS += ("region", "profile", "workingDir", "env", "stdin", "pty", "target", "retryable")
+FIELDS = (  # of a command that decide what is done when it is executed
+    "id type command path content query service operation parameters region profile workingDir env timeout stdin pty "
+    "columns rows encoding mode append expectedSha256 offset limit tail recursive glob after paginate regex ignoreCase "
+    "context"
+).split()  # noqa: SIM905  as one reads it
 
 
 def read_rule(table: Record, name: str, number: int) -> Rule:
@@ -1201,7 +1226,8 @@ def read_rule(table: Record, name: str, number: int) -> Rule:
         if not isinstance(source, str):
             raise BadPolicy(f"{field} must be a string", field, name, number)
         try:
-            patterns |= {} if field == "reason" else {field: re.compile(source)}
+            as_spelled = re.IGNORECASE if field in ("service", "operation") else 0
+            patterns |= {} if field == "reason" else {field: re.compile(source, as_spelled)}
         except re.error as error:
             raise BadPolicy(f"{field} is not a regular expression: {error}", field, name, number) from None
     if not patterns:
@@ -1267,6 +1293,9 @@ class Link(Protocol):
     def open(self) -> None:
         """Begin, as the only agent of this name here."""
 
+    def now(self) -> float:
+        """Return the moment (s) by the clock of the queue."""
+
     def close(self) -> None:
         """Let go of who waits in changes(); reports are still taken."""
 
@@ -1291,6 +1320,9 @@ class FolderLink:
 
     def open(self) -> None:
         """Nothing: what an agent before this one has printed stays."""
+
+    def now(self) -> float:
+        return time.time()
 
     def changes(self, seconds: float) -> dict[str, Record]:
         until = time.monotonic() + seconds
@@ -1365,6 +1397,7 @@ class HttpLink:
         self.pool = urllib3.PoolManager(maxsize=16, retries=False)
         self.server, self.cursor = server.rstrip("/"), ""
         self.spool = spool  # the folder of what was printed and not sent yet
+        self.ahead = time.time() - time.monotonic()  # of the service's clock against ours
 
     def open(self) -> None:
         shutil.rmtree(self.spool, ignore_errors=True)  # of an agent that was killed
@@ -1400,8 +1433,11 @@ class HttpLink:
             raise Unreachable(f"{self.server} is no kirosync")
         if not said["commands"] and self.cursor and time.monotonic() - asked < min(seconds, PAUSE_S):
             time.sleep(PAUSE_S)  # the service has too many who wait, and did not hold us
-        self.cursor = said["cursor"]
+        self.cursor, self.ahead = said["cursor"], said.get("serverTime", 0) / 1000 - time.monotonic()
         return {identity: {"id": identity, **command} for identity, command in said["commands"].items()}
+
+    def now(self) -> float:
+        return time.monotonic() + self.ahead
 
     def get(self, identity: str) -> Record | None:
         said = self.ask("GET", command_at(identity))
@@ -1412,12 +1448,16 @@ class HttpLink:
         return said and {"id": identity, **said}
 
     def post(self, order: Record, key: str) -> str:
-        return str((self.ask("POST", "/command", order, Idempotency_Key=key) or {})["commandId"])
+        said = self.ask("POST", "/command", order, Idempotency_Key=key)
+        if not said or "commandId" not in said:
+            raise Unreachable(f"{self.server} does not take commands")
+        return str(said["commandId"])
 
     def cancel(self, identity: str) -> None:
         self.ask("POST", command_at(identity, "cancel"))
 
     def output(self, identity: str) -> dict[str, Path]:
+        self.spool.mkdir(mode=0o700, parents=True, exist_ok=True)  # some clean up where temporary files are
         name = hashlib.sha256(identity.encode()).hexdigest()[:32]
         return {stream: self.spool / f"{name}.{stream}" for stream in ("stdout", "stderr")}
 
@@ -1456,6 +1496,9 @@ def told(body: bytes) -> Record:
 # One turn: see what is new, queue it for the workers, renew what is running.
 
 
+YES = ("yes", "y", "true")
+
+
 class Yes(NamedTuple):
     """A human's permission: for the command of this sha256, until this moment (s)."""
 
@@ -1486,7 +1529,8 @@ class Question(NamedTuple):
         }
         order |= {"inputType": "confirmation", "executionId": self.command["id"], "expiresIn": self.seconds}
         order["metadata"] = {"agent": agent, "sha256": sha256_of(self.command)}
-        return order, f"ask-{digest_of(agent)[:16]}-{sha256_of(self.command)}"
+        attempt = self.command.get("attempt", 1)
+        return order, f"ask-{digest_of(agent)[:16]}-{attempt}-{sha256_of(self.command)}"
 
     def answer(self, posted: Record | None) -> tuple[Yes | None, str]:
         """Return what the human said, from the user_input when it has ended: a yes, or None and why not."""
@@ -1494,44 +1538,16 @@ class Question(NamedTuple):
             return None, "the question whether it may run was removed"
         result = posted.get("result")
         value = result.get("value") if isinstance(result, dict) else result
-        if posted["status"] == "completed" and (value is True or str(value).lower() in ("yes", "y", "true")):
+        if posted["status"] == "completed" and (value is True or str(value).strip().lower() in YES):
             return Yes(sha256_of(self.command), posted["createdAt"] / 1000 + self.seconds), "yes"
         if posted["status"] == "completed":
             return None, "a human said no"
         return None, f"nobody allowed it ({self.reason}): {posted.get('error', posted.get('outcome'))}"
 
 
-EXECUTED: tuple[str, ...] = (
-    "id",
-    "type",
-    "command",
-    "path",
-    "content",
-    "query",
-    "service",
-    "operation",
-    "parameters",
-    "region",
-    "profile",
-)
-EXECUTED += ("workingDir", "env", "timeout", "stdin", "pty", "columns", "rows", "encoding", "mode", "append", "offset")
-EXECUTED += (
-    "expectedSha256",
-    "limit",
-    "tail",
-    "recursive",
-    "glob",
-    "after",
-    "paginate",
-    "regex",
-    "ignoreCase",
-    "context",
-)
-
-
 def exactly(command: Record) -> Record:
     """Return what of *command* decides what is done when it is executed."""
-    return {field: command[field] for field in EXECUTED if field in command}
+    return {field: command[field] for field in FIELDS if field in command}
 
 
 def sha256_of(command: Record) -> str:
@@ -1617,7 +1633,7 @@ class Agent:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.link, self.name, self.forks, self.policy, self.clock = link, name, forks, policy or Policy(), clock
-        self.pool = ThreadPoolExecutor(jobs)
+        self.pool, self.clerk = ThreadPoolExecutor(jobs), ThreadPoolExecutor(1)  # for work, and for words
         self.taken: dict[str, Run] = {}
         self.asked: dict[str, Question] = {}  # by the command that waits for the answer
         self.renewed = clock()
@@ -1634,13 +1650,13 @@ class Agent:
         for command in sorted(news.values(), key=lambda command: command.get("createdAt", 0)):
             with self.guard:
                 self.consider(command)
-        for question in [*self.asked.values()]:
-            self.ask(question)
         if self.clock() >= self.renewed + LEASE_S / 3:
-            self.renewed = self.clock()
             for run in [*self.taken.values()]:
                 if run.held and not self.link.report(run.identity, {**CLAIM, **run.held}):
                     run.end("given up")
+            self.renewed = self.clock()
+        for question in [*self.asked.values()]:
+            self.ask(question)
 
     def consider(self, command: Record) -> None:
         """Take *command* if it is for us; see to its end if it was ours in another life."""
@@ -1650,13 +1666,13 @@ class Agent:
             if not pending:
                 run.see(command)
         elif not pending and command.get("agent") == self.name:
-            self.take(command, self.give_up)
+            self.take(command, self.give_up, self.clerk)
         elif pending and self.is_for_us(command):
             verdict, reason = self.policy.judge(command)
             if verdict == "ask":
                 self.wonder(command, reason)
             else:
-                self.take(command, self.perform if verdict == "run" else partial(self.refuse, reason=reason))
+                self.settle(command, None, "" if verdict == "run" else reason)
 
     def wonder(self, command: Record, reason: str) -> None:
         """Have a question about *command*, if there is none about exactly this."""
@@ -1670,9 +1686,16 @@ class Agent:
         target, types = command.get("target", self.name), self.policy.types or EXECUTORS
         return target == self.name and command["type"] in (EXECUTORS if "target" in command else types)
 
-    def take(self, command: Record, work: Callable[[Run], None]) -> None:
+    def settle(self, command: Record, yes: Yes | None, refusal: str) -> None:
+        """Have *command* executed, or refused, if there is a reason to."""
+        if refusal:
+            self.take(command, partial(self.refuse, reason=refusal), self.clerk)
+        else:
+            self.take(command, partial(self.perform, yes=yes), self.pool)
+
+    def take(self, command: Record, work: Callable[[Run], None], pool: ThreadPoolExecutor) -> None:
         run = self.taken[command["id"]] = Run(command, self.forks, self.policy.roots)
-        self.pool.submit(self.see_to, run, work)
+        pool.submit(self.see_to, run, work)
 
     def see_to(self, run: Run, work: Callable[[Run], None]) -> None:
         """Do the *work*, as one of the pool's threads; whatever comes of it, the agent goes on."""
@@ -1696,13 +1719,11 @@ class Agent:
         """Claim the command of *run*, execute it and report how it ended."""
         if self.stopping.is_set():
             return
-        if yes and time.time() > yes.until:
+        if yes and self.link.now() > yes.until:
             return self.refuse(run, "the yes to it has expired")
-        holder = {"agent": self.name, "claim": secrets.token_hex(8)}
-        claimed = self.insist(run, {**CLAIM, **holder})
+        claimed = self.claim(run)
         if not claimed:
             return
-        run.held = {**holder, "attempt": claimed["attempt"]}
         allowed = yes.sha256 == sha256_of(claimed) if yes else self.policy.judge(claimed)[0] == "run"
         if not (allowed and self.is_for_us(claimed)):
             self.insist(run, {"status": "pending", **run.held})  # it is no longer what was judged: once more
@@ -1743,19 +1764,33 @@ class Agent:
             over = run.over.wait(0 if more else CARRY_S)
             try:
                 more = any([part.move(self.link) for part in parts])  # noqa: C419  each of them
-            except (Unreachable, Refused, OSError) as error:
+            except Unreachable as error:
                 log.warning("%s: its output or input must wait: %s", run.identity, error)
-                more, until = True, min(until, time.monotonic() + STOP_S) if self.stopping.is_set() else until
+                more = True
+                if self.stopping.is_set():
+                    until = min(until, time.monotonic() + STOP_S)
                 if time.monotonic() > until:
                     break
-                run.over.wait(PAUSE_S) if not over else time.sleep(PAUSE_S)
+                time.sleep(PAUSE_S)
+            except (Refused, OSError) as error:
+                log.error("%s: its output or input is lost: %s", run.identity, error)
+                break
         for part in parts:
             part.close()
 
+    def claim(self, run: Run) -> Record | None:
+        """Return the command of *run* once it is ours, or None if it went to another, or has ended."""
+        holder = {"agent": self.name, "claim": secrets.token_hex(8)}
+        claimed = self.insist(run, {**CLAIM, **holder})
+        if claimed:
+            run.held = {**holder, "attempt": claimed["attempt"]}
+        return claimed
+
     def refuse(self, run: Run, reason: str) -> None:
         """End the command of *run* before anything is done, and say why."""
-        said = {"status": "failed", "outcome": "refused", "error": f"the agent {self.name} refuses it: {reason}"}
-        self.insist(run, said)
+        if self.claim(run):
+            said = {"status": "failed", "outcome": "refused", "error": f"the agent {self.name} refuses it: {reason}"}
+            self.insist(run, {**said, **run.held})
 
     def ask(self, question: Question) -> None:
         """Have a human asked whether a command may run; when there is an answer, run or refuse it."""
@@ -1778,7 +1813,8 @@ class Agent:
             return
         del self.asked[command["id"]]
         yes, said = question.answer(posted)
-        self.take(command, partial(self.perform, yes=yes) if yes else partial(self.refuse, reason=said))
+        with self.guard:
+            self.settle(command, yes, "" if yes else said)
 
     def give_up(self, run: Run) -> None:
         """Say that the command of *run* is lost, which this agent was executing before it was stopped."""
@@ -1831,6 +1867,7 @@ class Agent:
         follower.start()
         os.read(self.ear, 1)
         self.stopping.set()
+        log.info("stopping; what runs has %.0f s: %s", STOP_S, ", ".join(self.taken) or "nothing")
         self.link.close()
         until = time.monotonic() + STOP_S
         while self.taken and time.monotonic() < until:
@@ -1838,6 +1875,7 @@ class Agent:
         for run in [*self.taken.values()]:
             run.end("stopped")
         self.pool.shutdown()
+        self.clerk.shutdown()
         if self.failed:
             sys.exit(f"agent: stopped: {self.failed}")
 
@@ -1857,13 +1895,9 @@ def own_folder() -> Path:
     return folder
 
 
-def name_of(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
-
-
 def hold_name(name: str, folder: Path) -> IO[str]:
     """Return a file whose lock says that *name* runs here; end the program if another holds it."""
-    file = open(folder / f"{name_of(name)}.lock", "a")  # noqa: SIM115  held until the end
+    file = open(folder / f"{quote(name, safe='')}.lock", "a")  # noqa: SIM115  held until the end
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -1885,7 +1919,7 @@ def link_of(arguments: argparse.Namespace) -> tuple[Link, Path]:
         if not re.fullmatch(r"[!-~]+", token):
             sys.exit("agent: the token has characters that no token has: is it one line, of ASCII?")
         folder = own_folder() / re.sub(r"\W+", "_", arguments.server.rstrip("/").lower())
-        return HttpLink(arguments.server, token, folder / f"{name_of(arguments.name)}.output"), folder
+        return HttpLink(arguments.server, token, folder / f"{quote(arguments.name, safe='')}.output"), folder
     except ModuleNotFoundError as error:
         sys.exit(
             f"agent: {error.name} is missing: --state needs kirosync.py and its packages beside it, --server urllib3"
@@ -1915,7 +1949,11 @@ def arguments_of() -> argparse.Namespace:
     parser.add_argument("--poll", type=float, default=POLL_S, help="seconds between looks at the state directory")
     parser.add_argument("--policy", default=os.environ.get("KIROSYNC_POLICY"), help="a TOML file; see the README")
     arguments = parser.parse_args()
+    if arguments.jobs < 1 or not arguments.poll > 0:
+        parser.error("--jobs and --poll want more than 0")
     arguments.name = arguments.name or (f"{host}-remote" if arguments.server else host)
+    if not re.fullmatch(r"[^\0-\x1f\x7f]{1,40}", arguments.name):
+        parser.error("--name wants 1 to 40 characters")
     return arguments
 
 
@@ -1937,6 +1975,9 @@ def main() -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)  # to be heard is enough
         log.info("agent %s at %s", arguments.name, arguments.server or arguments.state)
+        if arguments.policy is not None:
+            rules = f"{len(policy.refuse)} to refuse, {len(policy.ask)} to ask for"
+            log.info("policy %s: types %s, roots %s, %s", arguments.policy, policy.types, policy.roots, rules)
         agent.run()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # it is ending already

@@ -724,6 +724,8 @@ def from_hand(kind: str, found: Record, edited: int, now: int) -> Record:
         check_command(found)
     if kind == "commands" and "status" not in found:
         return new_command(found, now)
+    if kind == "commands" and found["status"] == "pending" and found.get("cancelRequested"):
+        found = cancel({"createdAt": now, **without(found, "cancelRequested")}, now)
     if kind == "commands":
         return {**found, "createdAt": found.get("createdAt", now), "updatedAt": found.get("updatedAt", now)}
     return found
@@ -1374,7 +1376,7 @@ class Store:
 
         A topic is (kind,) or (kind, id). It may return early, and wakes nobody whom a change does not concern.
         """
-        bell = threading.Event()
+        bell, topics = threading.Event(), set(topics)
         with self.shown:
             if self.revision > revision or self.closed:
                 return
@@ -1466,16 +1468,23 @@ class Store:
     def _open_lock(self) -> int:
         return os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
+    def _is_the_lock(self) -> bool:
+        """Return whether what we hold open is what the lock's name stands for."""
+        try:
+            return os.path.samestat(os.fstat(self._lock), os.stat(self.directory / ".lock"))
+        except FileNotFoundError:
+            return False
+
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the lock that processes share. Threads take turns before they come here."""
         until = time.monotonic() + LOCK_S
-        while not (filelock.lock_descriptor(self._lock, blocking=False) and os.fstat(self._lock).st_nlink):
-            if time.monotonic() > until:
-                raise Busy(f"another process has held {self.directory / '.lock'} for {LOCK_S:.0f} s; try again")
-            if os.fstat(self._lock).st_nlink == 0:  # removed by hand: others lock the one that has come since
+        while not (filelock.lock_descriptor(self._lock, blocking=False) and self._is_the_lock()):
+            if not self._is_the_lock():  # removed or replaced by hand: others lock the one that has come since
                 os.close(self._lock)
                 self._lock = self._open_lock()
+            elif time.monotonic() > until:
+                raise Busy(f"another process has held {self.directory / '.lock'} for {LOCK_S:.0f} s; try again")
             else:
                 time.sleep(LOCK_POLL_S)
         try:
@@ -1828,18 +1837,12 @@ ROUTES = (
 )
 
 OWN_FIELDS = {"id", "revision"}  # of every record; on the wire the key says the one and the cursor the other
-SET_LATER = {
-    *OWN_FIELDS,
-    *MARKS,
-    "result",
-    "error",
-    "outcome",
-    "agent",
-    "attempt",
-    "startedAt",
-    "endedAt",
-    "leaseUntil",
-}
+SET_LATER = (
+    OWN_FIELDS
+    | MARKS.keys()
+    | TIMES.keys() - {"createdAt", "updatedAt"}
+    | {"result", "error", "outcome", "agent", "attempt"}
+)
 
 
 def refuse_own(own: set[str], record: Record, where: str = "") -> None:
@@ -1945,9 +1948,12 @@ def type_in(pen: Pen, identity: str, typed: bytes, offset: int | None, close: bo
     if ended or not known.get("stdin"):
         why = f"has ended, as {known['status']}" if ended else 'reads nothing: it was queued without "stdin": true'
         raise Conflict(f"{identity} {why}", status=known["status"])
-    if offset is not None and offset > size:
+    offset = size if offset is None else offset
+    if offset > size:
         raise Conflict(f"offset: {size} bytes were sent so far; what comes after is missing", size=size)
-    typed = typed[size - (size if offset is None else offset) :]
+    known_part, typed = typed[: size - offset], typed[size - offset :]
+    if known_part != pen.store.read_stream(identity, "stdin", offset, len(known_part)):
+        raise Conflict(f"offset: other bytes than these were sent from {offset} on", size=size)
     if typed and known.get("inputClosed"):
         raise Conflict(f"the stdin of {identity} was closed", size=size)
     if size + len(typed) > INPUT_BYTES:
@@ -2250,7 +2256,8 @@ class Service:
         """What a command has printed so far, as bytes: of ?stream=stdout, stderr, or stdin (what was sent to it).
 
         From ?offset=N on, or the last ?tail=N bytes. ?wait=SECONDS answers when there is any, or it has ended.
-        The header X-Output-Next is the offset to go on at; with X-Output-End: true there will be no more.
+        The header X-Output-Next is the offset to go on at; with X-Output-End: true there will be no more. The first
+        64 MiB are kept: X-Output-Truncated: true says that there was more, of which the result has the end.
         """
         stream, offset, tail = self.stream(STREAMS), self.number("offset", 0), self.number("tail")
 
@@ -2270,7 +2277,13 @@ class Service:
         start = offset if tail < 0 else max(0, size - tail)
         if start > size:
             raise Malformed("offset", f"there are {size} bytes of {stream}")
-        headers = {"X-Output-Offset": start, "X-Output-Next": size, "X-Output-End": command["status"] in ENDED}
+        cut = size >= OUTPUT_BYTES or size < size_told_by(command, stream)
+        headers = {
+            "X-Output-Truncated": cut,
+            "X-Output-Offset": start,
+            "X-Output-Next": size,
+            "X-Output-End": command["status"] in ENDED,
+        }
         for name, value in {**headers, "X-Command-Status": command["status"]}.items():
             bottle.response.set_header(name, str(value).lower())
         bottle.response.set_header("X-Content-Type-Options", "nosniff")
@@ -2294,7 +2307,7 @@ class Service:
         command = existing("commands", self.store.get("commands", identity)).record(identity)
         if command["status"] != "processing":
             raise Conflict(f"{identity} is {command['status']}: it prints nothing", status=command["status"])
-        held: Record = {name: query[name] for name in ("agent", "claim") if name in query}
+        held: Record = {name: query.getunicode(name) for name in ("agent", "claim") if name in query}
         check_holder(command, {**held, "attempt": self.number("attempt", command.get("attempt", 1))})
         piece = self.raw()
         size = self.store.append(identity, stream, offset, piece)
@@ -2359,8 +2372,8 @@ class Service:
             try:
                 if late:
                     self.store.change(lambda pen, late=late: expire(pen, late, self.listening))  # type: ignore[misc]
-                due = {command["id"]: (moment, command) for moment, command in due.values() if moment < float("inf")}
-                due = {identity: seen for identity, seen in due.items() if seen[1] not in late}
+                past = {command["id"] for command in late}
+                due = {each: seen for each, seen in due.items() if each not in past and seen[0] < float("inf")}
             except Refusal as refusal:
                 log.warning("commands that are overdue must wait: %s", refusal)
                 self.listening = self.store.clock()  # nor could an agent report
@@ -2380,6 +2393,14 @@ def header(name: str) -> str:
     """Return a header of the request, each byte a character: Bottle's own look-up fails where it is no UTF-8."""
     key = name.upper().replace("-", "_")
     return str(bottle.request.environ.get(key if key == "CONTENT_TYPE" else f"HTTP_{key}", ""))
+
+
+def size_told_by(command: Record, stream: str) -> int:
+    """Return how much a stream of a command had in all, if its result says so."""
+    result = command.get("result")
+    sizes = result.get("size") if isinstance(result, dict) else None
+    size = sizes.get(stream) if isinstance(sizes, dict) else None
+    return size if isinstance(size, int) else 0
 
 
 def told_by(command: Record, stream: str) -> bytes:
@@ -2515,6 +2536,9 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
 # The only code that knows argv and the environment.
 
 
+PR_SET_DUMPABLE = 4  # prctl(2)
+
+
 def token_of(directory: Path) -> str:
     """Return the token from KIROSYNC_TOKEN, else from the state directory, where it is made once."""
     if token := os.environ.get("KIROSYNC_TOKEN"):
@@ -2550,9 +2574,8 @@ def listen(service: Service, threads: int) -> Any:
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    ctypes.CDLL(None).prctl(
-        4, 0
-    )  # PR_SET_DUMPABLE: commands of the same user cannot read our memory, nor the token in it
+    # Commands of the same user are not to read our memory, and the token in it.
+    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s [%(process)d] %(levelname)s %(message)s")
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of every request that waits a moment
     with contextlib.suppress(ValueError, OSError):  # a connection takes one, and many may be held
@@ -2579,6 +2602,12 @@ def serve(arguments: argparse.Namespace) -> None:
     store.close()
 
 
+def port(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not one of 0 to 65535")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="kirosync.py", description="One queue and one shared memory.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -2587,7 +2616,7 @@ def main() -> None:
     beside = Path(__file__).absolute().with_name("state")
     environ = os.environ.get
     command.add_argument("--host", default=environ("KIROSYNC_HOST", "127.0.0.1"), help="address (KIROSYNC_HOST)")
-    command.add_argument("--port", type=int, default=environ("KIROSYNC_PORT", "3001"), help="port (KIROSYNC_PORT)")
+    command.add_argument("--port", type=port, default=environ("KIROSYNC_PORT", "3001"), help="port (KIROSYNC_PORT)")
     command.add_argument("--state", default=environ("KIROSYNC_STATE", str(beside)), help="directory (KIROSYNC_STATE)")
     command.add_argument("--threads", type=int, default=THREADS, help="requests at once; a held one counts")
     command.set_defaults(run=serve)

@@ -146,7 +146,7 @@ def idle(running, span):
     before = sum(map(cpu, running.processes))
     time.sleep(span)
     used = (sum(map(cpu, running.processes)) - before) / span
-    memory = sum(resident(process) for process in running.processes) / 1e6
+    memory = sum(resident(process.pid) for process in running.processes) / 1e6
     row(f"service and agent, idle for {span} s", f"{used:.2%} CPU", "", "", "1 %")
     row("service and agent, idle, resident", f"{memory:.0f} MB", "", "", "90 MB")
 
@@ -156,8 +156,15 @@ def cpu(process):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def resident(process):
-    return int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident(pid):
+    """Memory (bytes) of a process and its children; what they share with others counts in parts, if we may know."""
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        own = int(text.partition("\nPss:")[2].split()[0]) * 1024
+    except PermissionError:
+        own = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return own + sum(map(resident, children))
 
 
 def main():
