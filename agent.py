@@ -1210,10 +1210,10 @@ MEANINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "ask": ("tables: [[ask]]", tables),
 }
 FIELDS = (  # of a command that decide what is done when it is executed
-    "id type command path content query service operation parameters region profile workingDir env timeout stdin pty "
-    "columns rows encoding mode append expectedSha256 offset limit tail recursive glob after paginate regex ignoreCase "
-    "context"
-).split()  # noqa: SIM905  as one reads it
+    *("id", "type", "command", "path", "content", "query", "service", "operation", "parameters", "region", "profile"),
+    *("workingDir", "env", "timeout", "stdin", "pty", "columns", "rows", "encoding", "mode", "append", "paginate"),
+    *("expectedSha256", "offset", "limit", "tail", "recursive", "glob", "after", "regex", "ignoreCase", "context"),
+)
 
 
 def read_rule(table: Record, name: str, number: int) -> Rule:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import TOKEN, Process, Server, until
 
+import agent as program
 import kirosync
 
 BASH = {"type": "execute_bash", "command": "true"}
@@ -213,6 +214,7 @@ def test_input_is_added_once_however_often_it_is_sent_and_closed(client, running
     assert client.post_json(send, {"data": "zwei", "offset": 5}).json == {"size": 9, "closed": False}
     assert client.post_json(send, {"data": "zwei", "offset": 5}).json == {"size": 9, "closed": False}
     client.post_json(send, {"data": "!", "offset": 11}, status=409)
+    assert "other bytes" in client.post_json(send, {"data": "drei", "offset": 5}, status=409).json["error"]
     raw = base64.b64encode(b"\xff").decode()
     assert client.post_json(send, {"data": raw, "encoding": "base64", "close": True}).json == {
         "size": 10,
@@ -381,6 +383,7 @@ def test_a_command_that_prints_a_gigabyte_fills_nothing(agent, state):
     assert (state / "output" / f"{identity}.out").stat().st_size == kirosync.OUTPUT_BYTES
     tail = agent.ask("GET", f"/command/{identity}/output?tail=10")
     assert (tail.content, tail.headers["X-Output-Next"]) == (bytes(10), str(kirosync.OUTPUT_BYTES))
+    assert (tail.headers["X-Output-Truncated"], tail.headers["X-Output-End"]) == ("true", "true")
     whole = agent.ask("GET", f"/command/{identity}/output")
     assert len(whole.content) == kirosync.OUTPUT_BYTES
 
@@ -465,9 +468,7 @@ def test_the_second_attempt_adds_to_what_the_first_has_printed(server, state, tm
     ):
         argv = ("agent.py", *link, "--name", name)
         agent = start(Process, *argv, log=tmp_path / "agent.log")
-        command = (
-            f"test -e {tmp_path}/{name} || {{ touch {tmp_path}/{name}; echo first; sleep 60; }}; echo second; sleep 0.3"
-        )
+        command = f"test -e {tmp_path}/{name} || {{ touch {tmp_path}/{name}; echo first; sleep 60; }}; echo second"
         identity = start_command(server, command, retryable=True, target=name)
         assert printed(server, identity).content == b"first\n"
         agent.end(9)
@@ -661,3 +662,38 @@ def test_a_file_put_there_by_hand_that_no_agent_could_execute_is_set_aside(serve
     (state / "commands" / "odd.json").write_text(json.dumps(odd))
     until(lambda: [*(state / "quarantine").glob("commands.odd.*.reason")])
     assert server.run(type="execute_bash", command="true")["outcome"] == "ok"
+
+
+def test_output_is_kept_no_further_when_the_disk_is_nearly_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "RESERVE_BYTES", 1 << 60)
+    capture = program.Capture(100, tmp_path / "out")
+    capture.add(b"12345")
+    capture.close()
+    assert (capture.text(), (tmp_path / "out").read_bytes()) == ("12345", b"")
+
+
+def test_a_pending_command_is_cancelled_by_hand_too(client, store, state):
+    identity = queued(client)
+    path = state / "commands" / f"{identity}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "cancelRequested": True}))
+    store.notice(None)
+    assert client.get(f"/command/{identity}").json["outcome"] == "cancelled"
+
+
+def test_an_agent_takes_no_order_that_was_given_up_before_it_was_started(tmp_path):
+    """As it is when no process could be forked for a while: the order waits, and its run is ended meanwhile."""
+    forks = program.ForkServer()
+    children = f"/proc/{forks.pid}/task/{forks.pid}/children"
+    until(lambda: Path(children).read_text())
+    waiting = [forks.pid, *map(int, Path(children).read_text().split())]
+    program.signal_all(waiting, signal.SIGSTOP)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    order = {"argv": ["/bin/touch", str(tmp_path / "ran")], "cwd": "/", "env": {}}
+    line = forks.start(order, [nothing] * 3)
+    line.send(b"end")
+    program.signal_all(waiting, signal.SIGCONT)
+    assert "before it could be started" in json.loads(program.hear(line))["error"]
+    assert not (tmp_path / "ran").exists()
+    os.close(nothing)
+    line.close()
+    forks.close()

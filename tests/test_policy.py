@@ -10,6 +10,7 @@ import pytest
 from conftest import TOKEN, Process, until
 
 import agent as program
+import kirosync
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ BAD = {
     "types = []": "line 1: types must be a list",
     "timeout = 5\nlongest = true": "line 2: longest must be a number of seconds",
     "timeout = 0": "line 1: timeout must be a number of seconds",
-    'roots = ["/no/such/place"]': "line 1: roots must be a list of folders that are there",
+    'roots = ["/no/such/place"]': "line 1: roots: /no/such/place is not a folder",
     "refuse = 5": "line 1: refuse must be tables: [[refuse]]",
     '[refuse]\ncommand = "x"': "line 1: refuse must be tables: [[refuse]]",
     '[[ask]]\ncommand = "x"\n\n[[refuse]]\ntype = "x"\n[[refuse]]\n\ncommand = "("': "line 8: command is not a regular",
@@ -259,16 +260,62 @@ def test_a_human_is_shown_all_of_what_would_run_and_nothing_that_misleads():
 
 
 @pytest.mark.parametrize("operation", ["delete-bucket", "delete_bucket", "DeleteBucket"])
-@pytest.mark.parametrize("pattern", ["^delete-", "delete_bucket", "(?i)deletebucket"])
-def test_a_rule_about_an_operation_holds_in_every_spelling(operation, pattern):
-    rule = program.Rule({"operation": program.re.compile(pattern)}, "")
-    assert rule.covers({"type": "aws_operation", "operation": operation})
+@pytest.mark.parametrize("pattern", ["^delete-", "delete_bucket", "^DELETEBucket$"])
+def test_a_rule_about_an_operation_holds_in_every_spelling(operation, pattern, policy):
+    understood = program.read_policy(policy(f'[[ask]]\noperation = "{pattern}"'))
+    assert understood.judge({"type": "aws_operation", "operation": operation})[0] == "ask"
+
+
+def test_a_rule_holds_for_names_with_acronyms_in_them(policy):
+    understood = program.read_policy(policy('[[ask]]\nservice = "^iam$"\noperation = "DeleteDBInstance"'))
+    for operation in ("DeleteDBInstance", "delete-db-instance", "delete_db_instance"):
+        assert understood.judge({"type": "aws_operation", "service": "IAM", "operation": operation})[0] == "ask"
+
+
+def test_whatever_can_be_ordered_is_bound_to_a_yes_and_can_be_ruled_about():
+    for kind in program.EXECUTORS:
+        required, optional, _ = kirosync.ORDERS[kind]
+        assert {*required, *optional} <= set(program.FIELDS)
+
+
+def test_a_yes_to_another_command_is_none():
+    """The loop on a link that hands out a command other than the one that was asked about."""
+    said = []
+
+    class Changing:
+        remote = False
+
+        def now(self):
+            return 0.0
+
+        def report(self, identity, patch):
+            said.append(patch)
+            return {"id": "c", "type": "execute_bash", "command": "evil", "attempt": 1, **patch}
+
+    agent = program.Agent(Changing(), "a", None, policy=program.Policy())
+    yes = program.Yes(program.sha256_of({"id": "c", "type": "execute_bash", "command": "good"}), 60)
+    agent.perform(program.Run({"id": "c"}, None), yes)
+    assert [patch["status"] for patch in said] == ["processing", "pending"]
+    agent.pool.shutdown()
+    agent.clerk.shutdown()
+
+
+def test_a_refusal_ends_no_command_that_another_executes(server, agent_with, tmp_path, start, state):
+    agent_with('[[refuse]]\ncommand = "contested"')
+    refused = server.run(type="execute_bash", command="echo contested")
+    assert refused["outcome"] == "refused"
+    order = {"type": "execute_bash", "command": "echo contested"}
+    identity = server.ask("POST", "/command", json=order).json()["commandId"]
+    claim = server.ask("PATCH", f"/command/{identity}", json={"status": "processing", "agent": "other", "lease": 45})
+    time.sleep(1)
+    now = server.ask("GET", f"/command/{identity}").json()
+    assert now["status"] == "processing" if claim.status_code == 200 else now["outcome"] == "refused"
 
 
 def test_other_spellings_than_those_three_are_none():
     for spelling in ("De-lete-Bucket", "deletebucket", "DELETE-BUCKET"):
         with pytest.raises(program.Failed, match="perhaps"):
-            program.spelled("operation", spelling, ["delete_bucket", "list_buckets"])
+            program.spelled("operation", spelling, program.every_spelling(["delete_bucket", "list_buckets"]))
 
 
 def test_the_environment_of_a_command_is_not_for_work_with_files_or_aws(server, agent_with, tmp_path):

@@ -644,3 +644,48 @@ def test_a_half_written_file_of_which_nothing_is_known_is_not_written_over(store
     assert [file.read_text() for file in (state / "quarantine").glob("*[0-9]")] == ['{"messages": [']
     assert apply(copy, behind, cursor) == shown(behind)
     behind.close()
+
+
+def test_who_waits_is_told_of_what_it_waits_for_and_of_nothing_else(store):
+    told = []
+
+    def wait(topics):
+        store.wait(store.revision, topics, 20)
+        told.append(topics)
+
+    waiting = [("documents",)], [("commands", "c"), ("commands", "c")], [("conversations",)]
+    threads = [threading.Thread(target=wait, args=(topics,)) for topics in waiting]
+    for thread in threads:
+        thread.start()
+    until(lambda: len(store.waiting) == 3)
+    started = time.monotonic()
+    push(store, documents={"d": {"content": "x", "timestamp": 7}})
+    threads[0].join()
+    assert told == [[("documents",)]]
+    store.release()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - started < 5
+    assert not store.waiting
+
+
+def test_a_directory_that_was_put_in_the_place_of_another_has_one_lock(state, clock):
+    """As a restore does it: whoever still has the old directory open locks the new one from then on."""
+    first = kirosync.Store(state, clock=clock)
+    push(first, documents={"d": {"content": "x", "timestamp": 7}})
+    os.rename(state, state.with_name("old"))
+    shutil.copytree(state.with_name("old"), state)
+    second = kirosync.Store(state, clock=clock)
+
+    def write(store, number):
+        for count in range(30):
+            push(store, documents={f"{number}-{count}": {"content": "x", "timestamp": 7}})
+
+    threads = [threading.Thread(target=write, args=(store, store is first)) for store in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len([*(state / "documents").glob("*.json")]) == 61
+    first.close()
+    second.close()
