@@ -211,6 +211,7 @@ def public_environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith("KIROSYNC_")}
 
 
+UNSTARTED: Record = {"code": -signal.SIGKILL, "ended": True}  # it was given up while no process could be started
 TAKEN, GONE = b"!", b"?"  # what a supervisor says of its order: it has one, or the agent is gone
 
 
@@ -235,9 +236,9 @@ def supervise(orders: socket.socket, tell: int) -> NoReturn:
     orders.close()
     paper, line_fd, *streams = fds
     line = socket.socket(fileno=line_fd)
-    child, said = 0, {"error": "it was ended before it could be started", "outcome": "cancelled"}
+    child, said = 0, UNSTARTED
     try:
-        if not select.select([line], [], [], 0)[0]:  # it was not given up while no process could be started
+        if not select.select([line], [], [], 0)[0]:
             with open(paper) as order:
                 order.seek(0)
                 child, said = begin(json.load(order), streams), {}

@@ -2267,13 +2267,7 @@ class Service:
 
         self.hold(ready, self.seconds(), [("commands", identity)], OUTPUT_POLL_S)
         command = existing("commands", self.store.get("commands", identity)).record(identity)
-        size, told = self.store.extent(identity, stream), b""
-        if stream == "stdin":
-            size = command.get("inputSize", 0)
-            told = self.store.read_stream(identity, stream, 0, size)  # there may be more, which was not acknowledged
-        elif not size:
-            told = told_by(command, stream)
-            size = len(told)
+        size, told = self.kept(command, stream)
         start = offset if tail < 0 else max(0, size - tail)
         if start > size:
             raise Malformed("offset", f"there are {size} bytes of {stream}")
@@ -2294,6 +2288,15 @@ class Service:
         file = open(self.store.stream(identity, stream), "rb")  # noqa: SIM115  the server closes it
         file.seek(start)
         return file
+
+    def kept(self, command: Record, stream: str) -> tuple[int, bytes]:
+        """Return how much there is of a stream of *command*, and the bytes if a file does not hold just these."""
+        size = self.store.extent(command["id"], stream)
+        if stream == "stdin":  # in its file there may be more, which was not acknowledged
+            size = command.get("inputSize", 0)
+            return size, self.store.read_stream(command["id"], stream, 0, size)
+        told = b"" if size else told_by(command, stream)
+        return size or len(told), told
 
     def post_output(self, identity: str) -> Record:
         """Add to what a command that is being executed has printed; for agents. The body is bytes: {"size"}.
@@ -2602,7 +2605,7 @@ def serve(arguments: argparse.Namespace) -> None:
     store.close()
 
 
-def port(text: str) -> int:
+def port_number(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text} is not one of 0 to 65535")
     return int(text)
@@ -2616,7 +2619,9 @@ def main() -> None:
     beside = Path(__file__).absolute().with_name("state")
     environ = os.environ.get
     command.add_argument("--host", default=environ("KIROSYNC_HOST", "127.0.0.1"), help="address (KIROSYNC_HOST)")
-    command.add_argument("--port", type=port, default=environ("KIROSYNC_PORT", "3001"), help="port (KIROSYNC_PORT)")
+    command.add_argument(
+        "--port", type=port_number, default=environ("KIROSYNC_PORT", "3001"), help="port (KIROSYNC_PORT)"
+    )
     command.add_argument("--state", default=environ("KIROSYNC_STATE", str(beside)), help="directory (KIROSYNC_STATE)")
     command.add_argument("--threads", type=int, default=THREADS, help="requests at once; a held one counts")
     command.set_defaults(run=serve)
