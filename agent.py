@@ -83,11 +83,12 @@ STEPS = ((0.0, signal.SIGINT), (2.0, signal.SIGTERM), (7.0, signal.SIGKILL))  # 
 STRAY_S = 0.4  # between the steps for those whom the child has left behind
 NOTICE_S = 1.0  # between looks whether it is to end
 GIVE_UP_S = 5.0  # after the last step: what is left then cannot be ended
-ENDING_POLL_S = 0.005  # between looks whether all have gone that were to end
+ENDING_POLL_S = 0.02  # between looks whether all have gone that were to end
 FORK_PAUSE_S = 0.2  # before a process that could not be started is tried again
 DRAIN_S = 0.2  # for output to arrive after the command ended; a child left behind may hold the pipe for ever
 LEASE_S = 45.0  # a claim that is not renewed for so long is lost
-POLL_S = 0.02  # between looks at the folder
+POLL_S = 0.02  # between looks at the folder: to wake up so often costs the better part of a percent of a CPU
+BRISK_S, BRISK_POLL_S = 2.0, 0.002  # for so long after a change there are so short pauses: one seldom comes alone
 CARRY_S = 0.05  # between looks for output to send, and input to fetch
 HOLD_S = 25.0  # a request that waits for news
 PAUSE_S = 0.5  # before asking again a service that did not hold us
@@ -1318,6 +1319,7 @@ class FolderLink:
         self.revision = -1
         self.commands = os.fspath(self.store.directory / "commands")
         self.seen, self.looked = 0, 0.0  # its mtime in ns, and when it was last looked into
+        self.stirred = 0.0  # when there was the last change
 
     def open(self) -> None:
         """Nothing: what an agent before this one has printed stays."""
@@ -1329,8 +1331,11 @@ class FolderLink:
         until = time.monotonic() + seconds
         try:
             while self.revision == self.store.revision and time.monotonic() < until and not self.store.closed:
-                time.sleep(self.poll)
+                brisk = time.monotonic() < self.stirred + BRISK_S
+                time.sleep(min(self.poll, BRISK_POLL_S) if brisk else self.poll)
                 self.look()
+            if self.revision != self.store.revision:
+                self.stirred = time.monotonic()
             delta = self.store.delta(self.cursor)
         except (self.rules.Refusal, OSError) as error:
             raise Unreachable(str(error)) from None

@@ -81,7 +81,7 @@ def row(what, figures, references, goal=""):
     return figure - reference, p99
 
 
-def measure(link, rounds, pollers):
+def measure(link, rounds, pollers, pause=0.02):
     with tempfile.TemporaryDirectory() as folder:
         running = Running(Path(folder) / "state", with_agent=False)
         (Path(folder) / "token").write_text(TOKEN)
@@ -99,12 +99,12 @@ def measure(link, rounds, pollers):
         for _ in range(rounds):
             theirs.append(moments(bare))
             ours.append(moments(lambda: client.ask("POST", "/command?wait=20", order)["result"]["stdout"]))
-            time.sleep(0.02)
+            time.sleep(pause)
         if others:
             others.kill()
             others.wait()
         running.end()
-    names = f"{link}, {pollers} long-polling: "
+    names = f"{link}, {pollers} long-polling: " if pause < 1 else f"{link}, after {pause:.0f} s of rest: "
     row(f"{names}submit to started", *([pair[0] for pair in pairs] for pairs in (ours, theirs)))
     row(f"{names}ended to informed", *([pair[1] for pair in pairs] for pairs in (ours, theirs)))
     goal = f"{GOAL_MS[link]} ms above, p99 50 ms"
@@ -202,6 +202,8 @@ def main():
     for pollers in (0, 100):
         for link in GOAL_MS:
             measure(link, rounds, pollers)
+    for link in GOAL_MS:
+        measure(link, rounds // 10, 0, pause=3)
     parts(rounds)
     crowd(200 if arguments.quick else 1000, 32)
     print(f"{rounds} rounds each, on {os.cpu_count()} cores, in turns with the bare subprocess")
