@@ -203,7 +203,7 @@ def main():
         for link in GOAL_MS:
             measure(link, rounds, pollers)
     for link in GOAL_MS:
-        measure(link, rounds // 10, 0, pause=3)
+        measure(link, max(5, rounds // 20), 0, pause=3)
     parts(rounds)
     crowd(200 if arguments.quick else 1000, 32)
     print(f"{rounds} rounds each, on {os.cpu_count()} cores, in turns with the bare subprocess")
