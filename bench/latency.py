@@ -112,14 +112,15 @@ def measure(link, rounds, pollers, pause=0.02):
 
 
 def crowd(commands, long):
-    """So many short commands at once, first alone, then while *long* others run; and how long GET /health took."""
+    """So many short commands in 4 slots, first alone, then while *long* others run; and how long GET /health took."""
     with tempfile.TemporaryDirectory() as folder:
         running = Running(Path(folder) / "state", with_agent=False)
-        argv = [sys.executable, ROOT / "agent.py", "--state", Path(folder) / "state", "--jobs", str(long + 4)]
-        running.processes.append(subprocess.Popen(argv, stderr=subprocess.DEVNULL))
+        for name, jobs in (("few", 4), ("many", long)):
+            argv = [sys.executable, ROOT / "agent.py", "--state", Path(folder) / "state", "--name", name]
+            running.processes.append(subprocess.Popen([*argv, "--jobs", str(jobs)], stderr=subprocess.DEVNULL))
         spent = [rush(running.url, commands)]
         client = Client(running.url)
-        order = {"type": "execute_bash", "command": "sleep 600"}
+        order = {"type": "execute_bash", "command": "sleep 600", "target": "many"}
         identities = [client.ask("POST", "/command", order)["commandId"] for _ in range(long)]
         while any(client.ask("GET", f"/command/{identity}")["status"] == "pending" for identity in identities):
             time.sleep(0.1)
@@ -150,7 +151,7 @@ def rush(url, commands):
 
     def work(share):
         client = Client(url)
-        order = {"type": "execute_bash", "command": "true"}
+        order = {"type": "execute_bash", "command": "true", "target": "few"}
         mine = [client.ask("POST", "/command", order)["commandId"] for _ in range(share)]
         for identity in mine:
             assert client.ask("GET", f"/command/{identity}?wait=50")["outcome"] == "ok"
