@@ -7,7 +7,7 @@
 
 It reaches the queue over a link: the state directory itself (--state, which needs kirosync.py and its
 dependencies beside it, and works while the service is down), or the service (--server, from any machine).
-It polls; an idle agent costs a few stat calls a second, or one held request.
+It polls; an idle agent costs some fifty stat calls a second, or one held request.
 
 Every command runs in a process of its own, below a supervisor that a fork server has forked: all that the
 command starts can be ended with it, wherever it hides, and nothing of it outlives an agent that was killed.
@@ -15,7 +15,7 @@ command starts can be ended with it, wherever it hides, and nothing of it outliv
     Children    how a process is started, and ended with all that it has started
     Executors   what a command does: a table {type: function}; a function takes the run and returns the result
     Policy      what this agent does at all, what it refuses, and what it asks a human for first
-    Links       where commands come from and reports go to: changes(seconds), report(id, patch)
+    Links       where commands come from and reports go to: changes(seconds), report(id, patch), and more
     Loop        one turn: see what is new, queue it for the workers, renew what is running
     Main        argv, the environment, signals
 """
@@ -482,8 +482,8 @@ def run_child(run: Run, order: Record, streams: dict[str, Capture], wants: Recor
         close_all(ours.values())
         for stream in streams.values():
             stream.close()
-    if said == UNSUPERVISED:
-        kill_marked(run.held.get("claim", ""))
+    if said == UNSUPERVISED and "claim" in run.held:
+        kill_marked(run.held["claim"])
     if "error" in said:
         raise Failed(said["error"], said.get("outcome", "error"))
     code, why = said["code"], run.why if said["ended"] else ""

@@ -13,6 +13,7 @@ The directory is the database. Each conversation, document and command is one JS
     state/deleted/KIND/NAME.json    tombstones: the last version, and what may not come back
     state/output/NAME.out .err .in  what a command prints, as it does, and what was sent to its stdin
     state/history/KIND/NAME/        what a merge replaced
+    state/agents/NAME.lock          held by the running agent of that name
     state/quarantine/               files that could not be read, each with its reason
     state/journal.jsonl             a line a change: revision, at, lastUpdate, kind, id, op, crc
     state/.lock                     held by whoever is changing something
