@@ -30,7 +30,8 @@ TOKEN = "drill"
 CLIENTS = 8
 PAUSES_S = (0.05, 0.6)  # between being up again, or only being started again, and the next kill
 HASTE = 0.3  # of the kills do not wait for a service to be up
-PATIENCE_S = 90  # for all to end once everything is up: two leases
+PATIENCE_S = 90  # without any more commands ending, once everything is up: two leases
+WORK_S = 0.15  # between the commands of a client: more than the agents can do while they are killed would only pile up
 
 
 def free_port():
@@ -98,7 +99,7 @@ class Client(threading.Thread):
             order["target"] = ("folder", "http")[count % 2]
             said = keep_asking(self.port, "POST", "/command", order, **{"Idempotency-Key": mark})
             self.acknowledged[mark] = said["commandId"]
-            time.sleep(0.02)
+            time.sleep(WORK_S)
 
 
 def drill(folder, rounds, choice):
@@ -135,10 +136,12 @@ def drill(folder, rounds, choice):
 
 def settle(port):
     """Return all commands, once they have ended or it is clear that they do not."""
-    until = time.monotonic() + PATIENCE_S
+    open_, until = -1, 0.0
     while True:
         commands = keep_asking(port, "GET", "/sync?only=commands")["commands"]
-        if all(each["status"] in ("completed", "failed") for each in commands.values()) or time.monotonic() > until:
+        before, open_ = open_, sum(each["status"] in ("pending", "processing") for each in commands.values())
+        until = time.monotonic() + PATIENCE_S if open_ != before else until
+        if not open_ or time.monotonic() > until:
             return commands
         time.sleep(0.5)
 
