@@ -865,7 +865,8 @@ def list_directory(command: Record) -> Record:
         names = walk(folder) if command.get("recursive") else os.listdir(folder)
         wanted = (name for name in names if as_name(name) > after and fnmatch.fnmatch(os.path.basename(name), pattern))
         chosen = heapq.nsmallest(limit + 1, wanted, key=as_name)  # of any number, in bounded memory
-        entries = [entry_of(folder, name) for name in chosen[:limit]]
+        parents = itertools.groupby(chosen[:limit], os.path.dirname)  # each is opened once, not for every entry
+        entries = [entry for parent, names in parents for entry in entries_of(folder / parent, names)]
     more = len(chosen) > limit
     return {"entries": entries, "truncated": more, **({"next": entries[-1]["name"]} if more else {})}
 
@@ -882,16 +883,27 @@ def as_name(path: str | Path) -> str:
     return os.fsencode(path).replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace")
 
 
-def entry_of(root: Path, name: str) -> Record:
-    shown = as_name(name)
+def entries_of(parent: Path, names: Iterable[str]) -> Iterator[Record]:
+    """Yield what there is to say of *names*, whose last parts are in *parent*; that they are gone, if it is."""
+    with contextlib.ExitStack() as opened:
+        folder = None
+        with contextlib.suppress(OSError, Failed):  # gone, or moved outside
+            folder = opened.enter_context(inside(parent))
+        for name in names:
+            yield {"name": as_name(name), **(status_of(folder / os.path.basename(name)) if folder else GONE_ENTRY)}
+
+
+GONE_ENTRY = {"type": "gone", "size": 0, "modified": 0, "mode": ""}
+
+
+def status_of(path: Path) -> Record:
     try:
-        with inside(root / os.path.dirname(name)) as folder:
-            status = os.lstat(folder / os.path.basename(name))
-    except (OSError, Failed):  # gone, or moved outside
-        return {"name": shown, "type": "gone", "size": 0, "modified": 0, "mode": ""}
+        status = os.lstat(path)
+    except OSError:
+        return GONE_ENTRY
     kind = TYPES.get(stat.S_IFMT(status.st_mode), "other")
     mode = f"{stat.S_IMODE(status.st_mode):04o}"
-    return {"name": shown, "type": kind, "size": status.st_size, "modified": status.st_mtime_ns // 10**6, "mode": mode}
+    return {"type": kind, "size": status.st_size, "modified": status.st_mtime_ns // 10**6, "mode": mode}
 
 
 SKIPPED = (".git", ".hg", ".svn", ".venv", "node_modules", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache")
@@ -1572,7 +1584,7 @@ class Delivery:
         self.first, self.wanted = run.held.get("attempt", 1) == 1, True
 
     def move(self, link: Link) -> bool:
-        """Send the next piece; return whether there was one."""
+        """Send the next piece; return whether there may be more at once."""
         path = self.run.paths[self.stream]
         if not self.wanted or not path.exists():
             return False
