@@ -2268,7 +2268,7 @@ class Service:
 
         self.hold(ready, self.seconds(), [("commands", identity)], OUTPUT_POLL_S)
         command = existing("commands", self.store.get("commands", identity)).record(identity)
-        size, told = self.kept(command, stream)
+        size = self.kept(command, stream)
         start = offset if tail < 0 else max(0, size - tail)
         if start > size:
             raise Malformed("offset", f"there are {size} bytes of {stream}")
@@ -2283,21 +2283,22 @@ class Service:
             bottle.response.set_header(name, str(value).lower())
         bottle.response.set_header("X-Content-Type-Options", "nosniff")
         bottle.response.content_type = "text/plain; charset=utf-8"
-        if told or start == size:
-            return told[start:]
+        if stream == "stdin":  # in its file there may be more, which was not acknowledged
+            return self.store.read_stream(identity, stream, start, size - start)
+        if not self.store.extent(identity, stream):
+            return told_by(command, stream)[start:]
+        if start == size:
+            return b""
         bottle.response.set_header("Content-Length", str(size - start))
         file = open(self.store.stream(identity, stream), "rb")  # noqa: SIM115  the server closes it
         file.seek(start)
         return file
 
-    def kept(self, command: Record, stream: str) -> tuple[int, bytes]:
-        """Return how much there is of a stream of *command*, and the bytes if a file does not hold just these."""
-        size = self.store.extent(command["id"], stream)
-        if stream == "stdin":  # in its file there may be more, which was not acknowledged
-            size = command.get("inputSize", 0)
-            return size, self.store.read_stream(command["id"], stream, 0, size)
-        told = b"" if size else told_by(command, stream)
-        return size or len(told), told
+    def kept(self, command: Record, stream: str) -> int:
+        """Return how many bytes there are of a stream of *command*: in its file, or else in its result."""
+        if stream == "stdin":
+            return int(command.get("inputSize", 0))
+        return self.store.extent(command["id"], stream) or len(told_by(command, stream))
 
     def post_output(self, identity: str) -> Record:
         """Add to what a command that is being executed has printed; for agents. The body is bytes: {"size"}.
