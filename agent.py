@@ -264,7 +264,8 @@ def begin(order: Record, streams: Sequence[int]) -> int:
         places: list[Any] = [(os.POSIX_SPAWN_DUP2, fd, place) for place, fd in enumerate(streams)]
         if os.isatty(streams[1]):  # to open it in a session of its own is to have it as its terminal
             places.insert(0, (os.POSIX_SPAWN_OPEN, 0, os.ttyname(streams[1]), os.O_RDWR, 0))
-        heeded = (signal.SIGPIPE, signal.SIGXFSZ)  # Python ignores them, and what is ignored stays so in a child
+        # What is ignored stays so in a child: Python ignores some signals, nohup another.
+        heeded = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
         return os.posix_spawn(
             order["argv"][0], order["argv"], order["env"], file_actions=places, setsid=True, setsigdef=heeded
         )

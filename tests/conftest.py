@@ -30,14 +30,14 @@ class Clock:
 
 
 class Process:
-    """A program of ours, really running."""
+    """A program of ours, really running, started as the README says for one that is to stay."""
 
     def __init__(self, *argv, environment=None, log=None):
         self.argv, self.log = argv, log
         clean = {key: value for key, value in os.environ.items() if not key.startswith("KIROSYNC_")}
         with open(log or os.devnull, "ab") as said:
             self.popen = subprocess.Popen(
-                [sys.executable, *map(str, argv)],
+                ["nohup", sys.executable, *map(str, argv)],
                 cwd=ROOT,
                 env={**clean, **(environment or {})},
                 stdout=said,
