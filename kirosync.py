@@ -39,6 +39,7 @@ The sections, each of which uses only what stands above it, and the one rule of 
 from __future__ import annotations
 
 import argparse
+import array
 import base64
 import bisect
 import contextlib
@@ -53,6 +54,7 @@ import html
 import inspect
 import itertools
 import logging
+import operator
 import os
 import re
 import resource
@@ -174,6 +176,9 @@ GRACE_S = 60  # to report: after the run time, for a claim without a lease; afte
 LONGEST_RUN_S = 7 * 24 * 3600  # of a timeout or a lease
 LONGEST_STAY_S = 365 * 24 * 3600  # in the queue
 LOCK_S = 10.0  # wait for another process before saying 503
+BLOCK_BYTES = 1 << 20  # read, copied or sent at once
+COPIED_BYTES = 64 << 10  # of a file: fewer are laid out again sooner than copied
+REPACKED = 32  # messages whose revisions are taken back one by one
 OPEN_FILES = 200  # written at once; a process may often open 1024, and connections want theirs
 GATHER_S = 0.0002  # a busy committer waits for company: a sync costs as much for many as for one
 LOCK_POLL_S = 0.001  # filelock's own 0.05 starves whoever comes second
@@ -435,12 +440,17 @@ def merge_messages(mine: Iterable[Record], theirs: Iterable[Record]) -> tuple[li
     >>> merge_messages([part], [whole])[0] == merge_messages([whole], [part])[0] == [whole]
     True
     """
+    merged, losers = merge_places(enumerate(itertools.chain(mine, theirs)))
+    return [message for _, message in merged], losers
+
+
+def merge_places(seen: Iterable[tuple[int, Record]]) -> tuple[list[tuple[int, Record]], list[Record]]:
+    """Merge (place, message) pairs as merge_messages does; what remains has the first place that it was seen at."""
     groups: dict[Any, list[tuple[int, Record]]] = {}
     losers: list[Record] = []
-    for place, message in enumerate(itertools.chain(mine, theirs)):
+    for place, message in seen:
         losers += admit(groups.setdefault(identity_of(message), []), place, message)
-    merged = sorted(itertools.chain(*groups.values()), key=lambda seen: (seen[1]["timestamp"], seen[0]))
-    return [message for _, message in merged], losers
+    return sorted(itertools.chain(*groups.values()), key=lambda seen: (seen[1]["timestamp"], seen[0])), losers
 
 
 def identity_of(message: Record) -> Any:
@@ -756,36 +766,180 @@ class Line(msgspec.Struct, frozen=True):
         yield self.kind, self.id
 
 
+class Whole(NamedTuple):
+    """What is known of a document or a command: the record as /sync shows it, compact JSON, without id and revision."""
+
+    wire: bytes
+    status: str = ""  # of a command
+
+    def record(self) -> Record:
+        return msgspec.json.decode(self.wire)  # type: ignore[no-any-return]
+
+    def newer(self, since: int) -> list[bytes]:
+        return [self.wire]
+
+    def file(self, identity: str, revision: int, base: Entry | None = None) -> list[bytes | Span]:
+        """Return what its file is made of: indented, id and revision first, a newline at the end."""
+        head = msgspec.json.encode({"id": identity, "revision": revision})[:-1]
+        text = msgspec.json.format(b",".join(filter(None, [head, self.wire[1:-1]])) + b"}", indent=2) + b"\n"
+        return [not_too_deep(identity, text)]
+
+
+class Talk(NamedTuple):
+    """What is known of a conversation: its messages one by one, so that what stays is never decoded or encoded again.
+
+    The lists stand side by side, a place a message, in the order of timestamps. None is ever changed: ``edited``
+    copies them, which takes 28 bytes a message and no look at any.
+    """
+
+    more: Record  # what its file holds beside the messages
+    packed: str  # the revisions, as its file holds them
+    messages: list[bytes]  # as /sync shows them, compact JSON
+    revisions: array.array[int]  # at which each last changed
+    timestamps: array.array[float]  # of each, ms
+    lengths: array.array[int]  # bytes that each takes in the file
+    dated: dict[str | int, float]  # the timestamp of each message that has an id
+
+    @property
+    def status(self) -> str:
+        return ""
+
+    def record(self) -> Record:
+        return {**self.more, "messages": self.decoded(0, len(self.messages))}
+
+    def decoded(self, start: int, stop: int) -> list[Record]:
+        return msgspec.json.decode(b"[%s]" % b",".join(self.messages[start:stop]))  # type: ignore[no-any-return]
+
+    def newer(self, since: int) -> list[bytes]:
+        """Return the messages that have changed after revision *since*, as the pieces of a JSON list."""
+        chosen = itertools.compress(self.messages, map(since.__lt__, self.revisions)) if since else self.messages
+        return [b"[", *separated(chosen), b"]"]
+
+    def merged(self, theirs: list[Record], revision: int) -> tuple[Talk, list[Record]]:
+        """Return what merge_messages makes of it and *theirs*, and what lost. Only what is near them is decoded."""
+        new = self.unknown(theirs)
+        mine, known = self.near(new), len(self.messages)
+        merged, losers = merge_places([*sorted(mine.items()), *enumerate(new, known)])
+        edits = []
+        for place, message in merged:
+            wire = msgspec.json.encode(message)
+            first, last = self.moment(message["timestamp"])
+            if not first <= place < last:  # it has come, or it goes to another moment
+                edits.append(Edit(at := max(first, min(place, last)), at, wire))
+            elif mine.pop(place) is not message and wire != self.messages[place]:
+                edits.append(Edit(place, place + 1, wire))
+        edits += [Edit(place, place + 1) for place in mine]
+        return self.edited(edits, revision) if edits else self, losers
+
+    def unknown(self, theirs: list[Record]) -> list[Record]:
+        """Return those of *theirs* that are not here to the letter."""
+        held = {moment: {*self.messages[slice(*self.moment(moment))]} for moment in {m["timestamp"] for m in theirs}}
+        return [message for message in theirs if msgspec.json.encode(message) not in held[message["timestamp"]]]
+
+    def near(self, new: list[Record]) -> dict[int, Record]:
+        """Return the messages, by place, that any of *new* may be a version of."""
+        wanted = {identity_of(message) for message in new}
+        moments = {self.dated.get(m["id"], -INTEGER - 1) if "id" in m else m["timestamp"] for m in new}
+        runs = ((first, self.decoded(first, last)) for first, last in map(self.moment, moments))
+        known = itertools.chain.from_iterable(enumerate(messages, first) for first, messages in runs)
+        return {place: message for place, message in known if identity_of(message) in wanted}
+
+    def moment(self, timestamp: float) -> tuple[int, int]:
+        """Return the places, from and up to, of the messages with this *timestamp*."""
+        return bisect.bisect_left(self.timestamps, timestamp), bisect.bisect_right(self.timestamps, timestamp)
+
+    def edited(self, edits: list[Edit], revision: int) -> Talk:
+        """Return it after *edits*: what they bring changed at *revision*."""
+        edits = sorted(edits, key=lambda edit: edit[:2])
+        old, at = self.parts(), 0
+        new = [part[:0] for part in old]
+        added = talk_of({}, [edit.wire for edit in edits if edit.wire], [revision] * len(edits))
+        pieces = iter(zip(*added.parts(), strict=True))
+        for edit in edits:
+            for whole, part in zip(new, old, strict=True):
+                whole.extend(part[at : edit.start])
+            for whole, item in zip(new, next(pieces) if edit.wire else (), strict=False):
+                whole.append(item)
+            at = edit.stop
+        for whole, part in zip(new, old, strict=True):
+            whole.extend(part[at:])
+        messages, revisions, timestamps, lengths = new
+        packed = repack(self.packed, len(self.messages), edits[0].start, revisions)
+        return Talk(self.more, packed, messages, revisions, timestamps, lengths, {**self.dated, **added.dated})
+
+    def parts(self) -> tuple[Any, ...]:
+        return self.messages, self.revisions, self.timestamps, self.lengths
+
+    def file(self, identity: str, revision: int, base: Entry | None = None) -> list[bytes | Span]:
+        """Return what its file is made of; what is the same in the file of *base* is copied from there."""
+        said = {"id": identity, "revision": revision, "revisions": self.packed, **self.more}
+        head = not_too_deep(identity, msgspec.json.format(msgspec.json.encode(said), indent=2))
+        known = base.content.messages if base and isinstance(base.content, Talk) else []
+        first = alike(known, self.messages)
+        last = alike(known[first:][::-1], self.messages[first:][::-1])
+        stop = len(self.messages) - last
+        parts: list[Any] = [base.span(0, first)] if base and first else []
+        parts += [*map(text_of, self.messages[first:stop])]
+        parts += [base.span(len(known) - last, len(known))] if base and last else []
+        foot = b"\n  ]\n}\n" if parts else b"]\n}\n"
+        return [head[:-2] + MESSAGES_HERE, *separated(parts), foot]
+
+
+class Edit(NamedTuple):
+    """What comes (if anything) to where the messages from the place ``start`` up to ``stop`` were."""
+
+    start: int
+    stop: int
+    wire: bytes = b""
+
+
+class Span(NamedTuple):
+    """Bytes of a file, as long as it has this stamp."""
+
+    path: str
+    stamp: Stamp
+    offset: int
+    length: int
+
+    def blocks(self) -> Iterator[bytes]:
+        """Yield the bytes, block by block; raise Busy if the file is not, or does not stay, what it was."""
+        file = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            end, at = self.offset + self.length, self.offset
+            while at < end and (block := os.pread(file, min(BLOCK_BYTES, end - at), at)):
+                at += len(block)
+                yield block
+            if at < end or stamp_of(os.fstat(file)) != self.stamp:
+                raise Busy(f"{os.path.basename(self.path)} is being changed by hand; try again")
+        finally:
+            os.close(file)
+
+
 class Entry(NamedTuple):
     """What is known of a record's file: enough to answer, and to notice a change, without reading it."""
 
     revision: int
     crc: int  # of the file's bytes
+    path: str
     stamp: Stamp
-    wire: bytes  # as /sync shows it: compact JSON, without id and revision
-    more: Record  # of a conversation: what its file holds beside the messages
+    content: Whole | Talk
 
     def record(self, identity: str) -> Record:
-        shown = msgspec.json.decode(self.wire)
-        if isinstance(shown, dict):
-            return {"id": identity, **shown}
-        return {"id": identity, **self.more, "messages": shown}
+        return {"id": identity, **self.content.record()}
 
-    def status(self) -> str:
-        return str(msgspec.json.decode(self.wire)["status"])
+    def newer(self, since: int = 0) -> bytes:
+        """Return it as /sync shows it, less the messages that have not changed after revision *since*."""
+        return b"".join(self.content.newer(since))
 
-    def newer(self, since: int) -> bytes:
-        """Return ``wire`` less the messages that have not changed after revision *since*."""
-        if since == 0 or not self.wire.startswith(b"["):
-            return self.wire
-        messages = messages_of(self.wire)
-        changed = zip(messages, self.revisions(len(messages)), strict=True)
-        return b"[" + b",".join(message for message, revision in changed if revision > since) + b"]"
-
-    def revisions(self, messages: int) -> list[int]:
-        """Return the revision at which each of so many *messages* last changed."""
-        revisions = unpack(self.more.get("revisions"))
-        return revisions if len(revisions) == messages else [self.revision] * messages
+    def span(self, start: int, stop: int) -> bytes | Span:
+        """Return the text that the messages from *start* up to *stop* have in its file."""
+        talk = self.content
+        assert isinstance(talk, Talk)
+        length = sum(talk.lengths[start:stop]) + stop - start - 1
+        if length < COPIED_BYTES:
+            return b",".join(map(text_of, talk.messages[start:stop]))
+        behind = sum(talk.lengths[start:]) + len(talk.lengths) - start - 1 + len(b"\n  ]\n}\n")
+        return Span(self.path, self.stamp, self.stamp[2] - behind, length)
 
 
 class Delta(NamedTuple):
@@ -802,7 +956,7 @@ class Delta(NamedTuple):
         """Return the changed records of *kind*; of commands, if there are *statuses*, those that have one of them."""
         if kind != "commands" or not statuses:
             return self.changed[kind]
-        return {identity: entry for identity, entry in self.changed[kind].items() if entry.status() in statuses}
+        return {identity: entry for identity, entry in self.changed[kind].items() if entry.content.status in statuses}
 
     def touches(self, kinds: Iterable[str], statuses: Container[str] = ()) -> bool:
         """Return whether it says anything of *kinds*."""
@@ -825,52 +979,105 @@ def unpack(revisions: Any) -> list[int]:
     return [int(revision) for revision, _, times in runs for _ in range(int(times or 1))]
 
 
-def pack(revisions: list[int]) -> str:
+def pack(revisions: Sequence[int]) -> str:
     runs = ((revision, len(list(run))) for revision, run in itertools.groupby(revisions))
     return " ".join(str(revision) if times == 1 else f"{revision}*{times}" for revision, times in runs)
 
 
-def encoded(kind: str, record: Record) -> tuple[bytes, Record]:
-    """Return what an entry knows of a *record* without id and revision: ``wire`` and ``more``."""
-    if kind == "conversations":
-        return msgspec.json.encode(record["messages"]), without(record, "messages")
-    return msgspec.json.encode(record), {}
+def repack(packed: str, count: int, first: int, revisions: Sequence[int]) -> str:
+    """Return *revisions* packed, of which the *first* stand, so far as it is not cheaper to begin anew, in *packed*.
+
+    >>> repack("5 6*3", 4, 3, [5, 6, 6, 9])
+    '5 6*2 9'
+    """
+    if count - first > REPACKED:
+        return pack(revisions)
+    while count and (count > first or revisions[count - 1 : count] == revisions[count : count + 1]):
+        packed, _, run = packed.rpartition(" ")
+        count -= int(run.partition("*")[2] or 1)
+    return f"{packed} {pack(revisions[count:])}".strip()
 
 
-def messages_of(wire: bytes) -> list[bytes]:
-    """Return the encoded messages of a conversation, one by one."""
-    return [bytes(message) for message in msgspec.json.decode(wire, type=list[msgspec.Raw])]
+class Dated(msgspec.Struct):
+    """What a message has to say of itself to be put in its place."""
+
+    timestamp: float
+    id: str | int | None = None
 
 
-def lay_out(identity: str, revision: int, wire: bytes, more: Record) -> bytes:
-    """Return the file of a record: indented, id and revision first, a newline at the end."""
-    head = msgspec.json.encode({"id": identity, "revision": revision})[:-1]
-    parts = [wire[1:-1]] if wire.startswith(b"{") else [msgspec.json.encode(more)[1:-1], b'"messages":' + wire]
-    text = msgspec.json.format(b",".join([head, *filter(None, parts)]) + b"}", indent=2) + b"\n"
+class Standing(msgspec.Struct):
+    """What a command has to say of itself to be chosen."""
+
+    status: str
+
+
+DATED, STANDING = msgspec.json.Decoder(Dated), msgspec.json.Decoder(Standing)
+MESSAGES_HERE = b',\n  "messages": ['  # in a file, which has no line break within a string
+
+
+def content_of(kind: str, record: Record, revision: int, known: Whole | Talk | None = None) -> Whole | Talk:
+    """Return what there is to know of a *record*, whose messages have changed at *revision* if they are not *known*."""
+    if kind != "conversations":
+        said = without(record, "id", "revision")
+        return Whole(msgspec.json.encode(said), said["status"] if kind == "commands" and "status" in said else "")
+    messages = [msgspec.json.encode(message) for message in record["messages"]]
+    when = dict(zip(known.messages, known.revisions, strict=True)) if isinstance(known, Talk) else {}
+    more = without(record, "id", "revision", "revisions", "messages")
+    return talk_of(more, messages, [when.get(message, revision) for message in messages])
+
+
+def talk_of(more: Record, messages: list[bytes], revisions: list[int], texts: Iterable[bytes] | None = None) -> Talk:
+    """Return a conversation of encoded *messages*, that changed at *revisions* and have these *texts* in its file."""
+    dates = [*map(DATED.decode, messages)]
+    timestamps = array.array("d", [date.timestamp for date in dates])
+    lengths = array.array("I", map(len, map(text_of, messages) if texts is None else texts))
+    dated = {date.id: date.timestamp for date in dates if date.id is not None}
+    numbers = array.array("q", revisions[: len(messages)])
+    return Talk(more, pack(numbers), messages, numbers, timestamps, lengths, dated)
+
+
+def text_of(message: bytes) -> bytes:
+    """Return an encoded *message* as it stands in the file of its conversation, from the line break before it on."""
+    return not_too_deep("a message", msgspec.json.format(b'{"":[%s]}' % message, indent=2)[9:-6])
+
+
+def not_too_deep(identity: str, text: bytes) -> bytes:
     if b"\n" + b"  " * NESTING in text:
         raise Malformed(identity, f"is nested more than {NESTING} deep")
     return text
 
 
-def last_changed(wire: bytes, revision: int, known: Entry | None) -> str:
-    """Return, packed, the revision at which each message of *wire* last changed: the known one's, or *revision*."""
-    old = messages_of(known.wire) if known else []
-    when = dict(zip(old, known.revisions(len(old)), strict=True)) if known else {}
-    return pack([when.get(message, revision) for message in messages_of(wire)])
+def separated(pieces: Iterable[T]) -> Iterator[T | bytes]:
+    """Yield *pieces* with a comma between each two.
+
+    >>> b"".join(separated([b"1", b"2", b"3"]))
+    b'1,2,3'
+    """
+    for number, piece in enumerate(pieces):
+        if number:
+            yield b","
+        yield piece
 
 
-def without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a FIFO must not block
+def alike(known: list[bytes], messages: list[bytes]) -> int:
+    """Return how many of *messages*, from the first on, are the very same objects as those *known*."""
+    return sum(1 for _ in itertools.takewhile(bool, map(operator.is_, known, messages)))
 
 
-def read_file(path: Path) -> tuple[bytes, Stamp]:
+def read_file(path: str) -> tuple[bytes, Stamp]:
     """Return the bytes and the stamp of a plain file; raise FileNotFoundError, or Unreadable."""
     try:
-        with open(path, "rb", buffering=0, opener=without_waiting) as file:
-            status = os.fstat(file.fileno())
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO must not block
+        try:
+            status = os.fstat(file)
             if not stat.S_ISREG(status.st_mode):
                 raise Unreadable("is not a plain file")
-            return file.read(), stamp_of(status)
+            raw = os.read(file, status.st_size + 1)
+            while block := len(raw) >= status.st_size and os.read(file, BLOCK_BYTES):
+                raw += block
+            return raw, stamp_of(status)
+        finally:
+            os.close(file)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -881,7 +1088,7 @@ def stamp_of(status: os.stat_result) -> Stamp:
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
-def read_record(kind: str, name: str, path: Path) -> tuple[Entry, Record]:
+def read_record(kind: str, name: str, path: str) -> tuple[Entry, Record]:
     """Return the entry of a file and the record in it; raise FileNotFoundError, or Unreadable with the reason."""
     raw, stamp = read_file(path)
     identity = urllib.parse.unquote(name)
@@ -892,9 +1099,49 @@ def read_record(kind: str, name: str, path: Path) -> tuple[Entry, Record]:
             revision = 0  # a number made up by hand
         record.pop("id", None)
         check(FOUND[kind], record, "")
+        entry = Entry(revision, zlib.crc32(raw), path, stamp, content_of(kind, record, revision))
     except Malformed as error:
         raise Unreadable(str(error)) from None
-    return Entry(revision, zlib.crc32(raw), stamp, *encoded(kind, record)), {"id": identity, **record}
+    return entry, {"id": identity, **record}
+
+
+def read_own(line: Line, path: str) -> Entry | None:
+    """Return the entry of a file that is as the journal's *line* says, without a look at what it means; else None."""
+    try:
+        raw, stamp = read_file(path)
+        if zlib.crc32(raw) == line.crc:
+            return Entry(line.revision, line.crc, path, stamp, READERS[line.kind](line, raw))
+    except (FileNotFoundError, Unreadable, ValueError, LookupError):
+        pass  # then it is not ours: it is looked at as one that was changed by hand
+    return None
+
+
+def whole_in(line: Line, raw: bytes) -> Whole:
+    wire = msgspec.json.format(raw, indent=-1)
+    head = msgspec.json.encode({"id": line.id, "revision": line.revision})[:-1]
+    if not wire.startswith(head):
+        raise ValueError
+    wire = b"{" + wire[len(head) :].removeprefix(b",")
+    return Whole(wire, sys.intern(STANDING.decode(wire).status) if line.kind == "commands" else "")
+
+
+def talk_in(line: Line, raw: bytes) -> Talk:
+    head, here, text = raw.partition(MESSAGES_HERE)
+    more = msgspec.json.decode(head + b"}")
+    texts = text.removesuffix(b"\n  ]\n}\n").split(b",\n    {") if here and text != b"]\n}\n" else []
+    texts = [texts[0], *(b"\n    {" + text for text in texts[1:])] if texts else []
+    messages = [msgspec.json.format(text, indent=-1) for text in texts]
+    revisions = unpack(more["revisions"])
+    if len(revisions) != len(messages):
+        raise ValueError
+    return talk_of(without(more, "id", "revision", "revisions"), messages, revisions, texts)
+
+
+READERS: dict[str, Callable[[Line, bytes], Whole | Talk]] = {
+    "conversations": talk_in,
+    "documents": whole_in,
+    "commands": whole_in,
+}
 
 
 class Watch:
@@ -963,9 +1210,9 @@ class Pen:
         self.revision, self.last_update = store.revision, store.last_update
         self.lines: list[Line] = []
         self.entries: dict[tuple[str, str], Entry | None] = {}
-        self.files: dict[Path, tuple[File, bytes]] = {}
-        self.history: dict[File, bytes] = {}
-        self.unwanted: set[Path] = set()  # files to be removed: of what was deleted, or is in quarantine
+        self.files: dict[str, tuple[File, list[bytes | Span]]] = {}
+        self.history: dict[File, list[bytes | Span]] = {}
+        self.unwanted: set[str] = set()  # files to be removed: of what was deleted, or is in quarantine
 
     def fork(self) -> Pen:
         """Return a pen that goes on where this one is, to be dropped if its rule fails."""
@@ -981,37 +1228,44 @@ class Pen:
     def put(self, kind: str, identity: str, record: Record) -> None:
         """Make *record* what its id stands for. One that is as it was is no change."""
         known = self._entry(kind, identity)
-        own = ("id", "revision", "revisions") if kind == "conversations" else ("id", "revision")
-        wire, more = encoded(kind, without(record, *own))
-        if known and wire == known.wire and more.items() <= known.more.items():
+        self._write(kind, identity, content_of(kind, record, self.revision + 1, known and known.content))
+
+    def merge(self, identity: str, messages: list[Record]) -> None:
+        """Merge *messages* into a conversation; what they replace goes to its history."""
+        known = self._entry("conversations", identity)
+        talk = known.content if known and isinstance(known.content, Talk) else talk_of({}, [], [])
+        merged, losers = talk.merged(messages, self.revision + 1)
+        self.keep("conversations", identity, losers)
+        self._write("conversations", identity, merged)
+
+    def _write(self, kind: str, identity: str, content: Whole | Talk) -> None:
+        known = self._entry(kind, identity)
+        if known and known.content == content:
             return
-        if kind == "conversations":
-            more = {"revisions": last_changed(wire, self.revision + 1, known), **more}
-        text = lay_out(identity, self.revision + 1, wire, more)
-        crc = zlib.crc32(text)
-        self._enter(kind, identity, "put", crc)
-        self.entries[kind, identity] = Entry(self.revision, crc, (0, 0, 0), wire, more)
-        file = self.store.file(kind, identity, "put", self.revision)
-        self.files[file.path] = file, text
+        file = self.store.file(kind, identity, "put", self.revision + 1)
+        pieces = content.file(identity, self.revision + 1, self.store.entries[kind].get(identity))
+        self._enter(kind, identity, "put")
+        self.entries[kind, identity] = Entry(self.revision, 0, file.path, (0, 0, 0), content)
+        self.files[file.path] = file, pieces
 
     def delete(self, kind: str, identity: str, before: int, whole: bool = True) -> None:
         """Leave a tombstone (see bury) in place of the record; nothing as old as *before* (ms) comes back."""
         record = self.get(kind, identity) or ({"messages": []} if kind == "conversations" else {})
         grave = bury(record, self.grave(kind, identity), before, whole)
-        wire = msgspec.json.encode(without(grave, "id", "revisions"))
+        wire = msgspec.json.encode(without(grave, "id", "revision"))
         self._enter(kind, identity, "delete")
         self.entries[kind, identity] = None
         self.files.pop(self.store.path(kind, identity), None)
         file = self.store.file(kind, identity, "delete", self.revision)
-        file = file if whole else file._replace(replaces=None)  # it is gone; one that has come since is another
-        self.unwanted |= {self.store.stream(identity, name) for name in STREAMS} if kind == "commands" else set()
-        self.files[file.path] = file, lay_out(identity, self.revision, wire, {})
+        file = file if whole else file._replace(replaces="")  # it is gone; one that has come since is another
+        self.unwanted |= {str(self.store.stream(identity, name)) for name in STREAMS} if kind == "commands" else set()
+        self.files[file.path] = file, Whole(wire).file(identity, self.revision)
 
     def grave(self, kind: str, identity: str) -> Record | None:
         """Return the tombstone that *identity* has, or None."""
         path = self.store.grave(kind, identity)
         if path in self.files:
-            return msgspec.json.decode(self.files[path][1])  # type: ignore[no-any-return]
+            return msgspec.json.decode(b"".join(self.files[path][1]))  # type: ignore
         if (kind, identity, "delete") not in self.store.recent:
             return None
         try:
@@ -1022,13 +1276,12 @@ class Pen:
     def keep(self, kind: str, identity: str, versions: Iterable[Record]) -> None:
         """Put *versions* into the history of a record."""
         history = self.store.directory / "history"
-        folder = history / kind / name_of(identity)
         for version in versions:
             text = msgspec.json.format(canonical(version), indent=2) + b"\n"
             moment = max(0, int(version["timestamp"]))
-            path = folder / f"{moment:016d}-{digest(text)[:12]}.json"
-            if not path.exists():
-                self.history[File(path, history / f".{digest(bytes(path))[:24]}.json")] = text
+            path = f"{history}/{kind}/{name_of(identity)}/{moment:016d}-{digest(text)[:12]}.json"
+            if not os.path.exists(path):
+                self.history[File(path, f"{history}/.{digest(os.fsencode(path))[:24]}.json")] = [text]
 
     def type_in(self, identity: str, offset: int, typed: bytes) -> None:
         """Put *typed* at *offset* into what a command reads. It counts when the record says so, and not before."""
@@ -1056,7 +1309,7 @@ class Pen:
 
         One that cannot be read is looked at again later if it may be half written and we are *patient*.
         """
-        path = self.store.directory / kind / f"{name}.json"
+        path = f"{self.store.directory}/{kind}/{name}.json"
         identity = urllib.parse.unquote(name)
         if not is_name(name):
             return self._turn_away(kind, name, "the name of this file is not as kirosync would write it")
@@ -1065,7 +1318,7 @@ class Pen:
         try:
             entry, found = read_record(kind, name, path)
             record = from_hand(kind, found, entry.stamp[1] // 1_000_000, self.now)
-            lay_out(identity, 0, msgspec.json.encode(record), {})
+            not_too_deep(identity, msgspec.json.format(msgspec.json.encode(record), indent=2))
         except FileNotFoundError:
             log.info("%s/%s was removed by hand", kind, name)
             return self.delete(kind, identity, self.now, whole=False)  # who makes room is to have it
@@ -1092,7 +1345,9 @@ class Pen:
             record = {**record, "messages": merged}
             if not old or merge_messages(old["messages"], merged)[0] != merged:
                 lost = [message for message in old["messages"] if message not in merged] if old else []
-                self.entries[kind, identity] = known and known._replace(wire=msgspec.json.encode(lost))
+                self.entries[kind, identity] = known and known._replace(
+                    content=content_of(kind, {**(old or {}), "messages": lost}, known.revision)
+                )
                 self.delete(kind, identity, 0)
         self.entries[kind, identity] = None
         self.put(kind, identity, record)
@@ -1114,9 +1369,10 @@ class Pen:
 
     def _entry(self, kind: str, identity: str) -> Entry | None:
         """Return what the record is now, after a look whether its file was changed by hand."""
-        name = self.store.path(kind, identity).stem
-        if (kind, identity) not in self.entries and self.store.differs(kind, name):
-            self.adopt(kind, name, patient=False)  # the rule may write over it
+        if (kind, identity) not in self.entries:
+            name = name_of(check_id(identity))
+            if self.store.differs(kind, name):
+                self.adopt(kind, name, patient=False)  # the rule may write over it
         return self._staged(kind, identity)
 
     def _staged(self, kind: str, identity: str) -> Entry | None:
@@ -1124,9 +1380,9 @@ class Pen:
             return self.entries[kind, identity]
         return self.store.entries[kind].get(identity)
 
-    def _enter(self, kind: str, identity: str, op: str, crc: int = 0) -> None:
+    def _enter(self, kind: str, identity: str, op: str) -> None:
         self.revision += 1
-        self.lines.append(Line(self.revision, self.now, self.last_update, kind, identity, op, crc))
+        self.lines.append(Line(self.revision, self.now, self.last_update, kind, identity, op))
 
 
 def digest(text: bytes) -> str:
@@ -1136,9 +1392,16 @@ def digest(text: bytes) -> str:
 class File(NamedTuple):
     """A file to be: written ``aside``, then renamed to ``path``; what it ``replaces`` elsewhere goes first."""
 
-    path: Path
-    aside: Path
-    replaces: Path | None = None
+    path: str
+    aside: str
+    replaces: str = ""
+
+
+class Written(NamedTuple):
+    """What became of a file that was written."""
+
+    crc: int
+    stamp: Stamp
 
 
 def write_all(fd: int, text: bytes) -> None:
@@ -1146,7 +1409,17 @@ def write_all(fd: int, text: bytes) -> None:
         text = text[os.write(fd, text) :]
 
 
-def sync_folder(path: Path) -> None:
+def write_pieces(fd: int, pieces: Iterable[bytes | Span]) -> int:
+    """Write *pieces*, one behind the other, and return the CRC of all."""
+    crc = 0
+    for piece in pieces:
+        for block in piece.blocks() if isinstance(piece, Span) else [piece]:
+            write_all(fd, block)
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def sync_folder(path: str | Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)  # the name, not only the contents
@@ -1154,37 +1427,40 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def set_aside(files: dict[File, bytes]) -> dict[Path, Stamp]:
+def set_aside(files: dict[File, list[bytes | Span]]) -> dict[str, Written]:
     """Write and sync each of *files* beside its place; on failure leave nothing behind."""
-    stamps: dict[Path, Stamp] = {}
+    written: dict[str, Written] = {}
     waiting = [*files]
     try:
         while waiting:
-            stamps |= write_and_sync({file.aside: (file.path, files[file]) for file in waiting[:OPEN_FILES]})
+            written |= write_and_sync({file: files[file] for file in waiting[:OPEN_FILES]})
             waiting = waiting[OPEN_FILES:]
     except BaseException:
         for file in files:
-            file.aside.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(file.aside)
         raise
-    return stamps
+    return written
 
 
-def write_and_sync(texts: dict[Path, tuple[Path, bytes]]) -> dict[Path, Stamp]:
-    """Write and sync each of {where: (for which path, text)}, all at once; return the stamps by path."""
-    opened: dict[Path, int] = {}
+def write_and_sync(files: dict[File, list[bytes | Span]]) -> dict[str, Written]:
+    """Write and sync each of *files* aside, all at once; return what became of them by path."""
+    fds: dict[str, int] = {}
+    crcs: dict[str, int] = {}
     try:
-        for where, (path, text) in texts.items():
-            if not os.path.isdir(path.parent):
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            opened[path] = os.open(where, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            write_all(opened[path], text)
-        for fd in opened.values() if len(opened) > 1 else ():
+        for file, pieces in files.items():
+            if not os.path.isdir(folder := os.path.dirname(file.path)):
+                os.makedirs(folder, mode=0o700)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+            fds[file.path] = os.open(file.aside, flags, 0o600)
+            crcs[file.path] = write_pieces(fds[file.path], pieces)
+        for fd in fds.values() if len(fds) > 1 else ():
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # starts writing: the syncs then overlap
-        for fd in opened.values():
+        for fd in fds.values():
             os.fsync(fd)  # contents before name
-        return {path: stamp_of(os.fstat(fd)) for path, fd in opened.items()}
+        return {path: Written(crcs[path], stamp_of(os.fstat(fd))) for path, fd in fds.items()}
     finally:
-        for fd in opened.values():
+        for fd in fds.values():
             os.close(fd)
 
 
@@ -1193,10 +1469,11 @@ def put_in_place(files: Iterable[File]) -> None:
     folders = set()
     for file in files:
         if file.replaces:
-            file.replaces.unlink(missing_ok=True)
-            sync_folder(file.replaces.parent)
-        file.aside.rename(file.path)
-        folders.add(file.path.parent)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(file.replaces)
+            sync_folder(os.path.dirname(file.replaces))
+        os.rename(file.aside, file.path)
+        folders.add(os.path.dirname(file.path))
     for folder in folders:
         sync_folder(folder)
 
@@ -1259,8 +1536,8 @@ class Journal:
     def rewrite(self, lines: Iterable[Line]) -> None:
         """Replace the file by one of these *lines*, oldest first."""
         text = b"".join(msgspec.json.encode(line) + b"\n" for line in sorted(lines, key=lambda line: line.revision))
-        file = File(self.path, self.path.with_name(".journal.jsonl"))
-        set_aside({file: text})
+        file = File(self.name, str(self.path.with_name(".journal.jsonl")))
+        set_aside({file: [text]})
         put_in_place([file])
         os.close(self.fd)
         self.fd = os.open(self.path, self.FLAGS)
@@ -1309,12 +1586,12 @@ class Store:
                 raise
             log.warning("what was done by hand must wait: %s", refusal)
 
-    def path(self, kind: str, identity: str) -> Path:
+    def path(self, kind: str, identity: str) -> str:
         """Return the file of a record: the one gate through which ids become names."""
-        return self.directory / kind / f"{name_of(check_id(identity))}.json"
+        return f"{self.directory}/{kind}/{name_of(check_id(identity))}.json"
 
-    def grave(self, kind: str, identity: str) -> Path:
-        return self.directory / "deleted" / kind / f"{name_of(check_id(identity))}.json"
+    def grave(self, kind: str, identity: str) -> str:
+        return self.path(f"deleted/{kind}", identity)
 
     def stream(self, identity: str, stream: str) -> Path:
         """Return the file of what a command prints or reads, which is there once something was."""
@@ -1322,9 +1599,10 @@ class Store:
 
     def file(self, kind: str, identity: str, op: str, revision: int) -> File:
         """Return the file that *op* writes: the record, or for delete the tombstone in its place."""
-        record, grave = self.path(kind, identity), self.grave(kind, identity)
-        path = grave if op == "delete" else record
-        return File(path, path.with_name(f".{path.name}.{revision}"), record if op == "delete" else None)
+        record = self.path(kind, identity)
+        path = self.grave(kind, identity) if op == "delete" else record
+        folder, name = os.path.split(path)
+        return File(path, f"{folder}/.{name}.{revision}", record if op == "delete" else "")
 
     # Reading
 
@@ -1517,34 +1795,38 @@ class Store:
         """Make everything that *pen* holds durable, then visible."""
         set_aside(pen.history)
         put_in_place(pen.history)
-        stamps = set_aside(dict(pen.files.values()))
+        written = set_aside(dict(pen.files.values()))
         files = [file for file, _ in pen.files.values()]
+        crcs = {
+            entry.revision: written[entry.path].crc for entry in pen.entries.values() if entry and entry.path in written
+        }
         try:
-            self._journal.enter(pen.lines)
+            self._journal.enter([msgspec.structs.replace(line, crc=crcs.get(line.revision, 0)) for line in pen.lines])
         except BaseException:
             for file in files:
-                file.aside.unlink()
+                os.unlink(file.aside)
             raise
         self._sound = False  # should a rename fail: the journal has it, so whoever comes next completes it
         try:
             put_in_place(files)
             for path in pen.unwanted - {file.path for file in files}:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
         except OSError as error:
             raise Broken(f"{error.strerror}; the change will be completed later: look before you repeat it") from None
         self._sound = True
-        self._show(pen, stamps)
+        self._show(pen, written)
         self._trim(pen.history)
 
-    def _show(self, pen: Pen, stamps: dict[Path, Stamp]) -> None:
+    def _show(self, pen: Pen, written: dict[str, Written]) -> None:
         """Let readers see what *pen* wrote."""
         with self.shown:
             for (kind, identity), entry in pen.entries.items():
                 if entry is None:
                     self.entries[kind].pop(identity, None)
                 else:
-                    stamp = stamps.get(self.path(kind, identity), entry.stamp)
-                    self.entries[kind][identity] = entry._replace(stamp=stamp)
+                    crc, stamp = written.get(entry.path, (entry.crc, entry.stamp))
+                    self.entries[kind][identity] = entry._replace(crc=crc, stamp=stamp)
             for line in pen.lines:
                 self._note(line)
             self._ring(pen.lines)
@@ -1558,10 +1840,11 @@ class Store:
 
     def _trim(self, history: Iterable[File]) -> None:
         """Keep the latest versions of each document that *history* was added to."""
-        for folder in {file.path.parent for file in history if file.path.parents[1].name == "documents"}:
+        folders = {os.path.dirname(file.path) for file in history}
+        for folder in {each for each in folders if each.startswith(f"{self.directory}/history/documents/")}:
             for name in sorted(os.listdir(folder))[:-HISTORY_FILES]:
                 with contextlib.suppress(OSError):  # one too many does no harm
-                    (folder / name).unlink()
+                    os.unlink(f"{folder}/{name}")
 
     def _note(self, line: Line) -> None:
         """Remember what a *line* of the journal says."""
@@ -1608,7 +1891,7 @@ class Store:
         identity = urllib.parse.unquote(name)
         entry = self.entries[kind].get(identity) if is_name(name) else None
         try:
-            return (entry and entry.stamp) != stamp_of(os.stat(self.directory / kind / f"{name}.json"))
+            return (entry and entry.stamp) != stamp_of(os.stat(f"{self.directory}/{kind}/{name}.json"))
         except FileNotFoundError:
             return is_name(name) and (kind, identity, "put") in self.recent
         except OSError:  # a link to itself, say
@@ -1641,7 +1924,7 @@ class Store:
             self._suspects[kind, name] = now + round(SETTLE_S * 1000)
         return young
 
-    def quarantine(self, kind: str, name: str, reason: str) -> Path:
+    def quarantine(self, kind: str, name: str, reason: str) -> str:
         """Put a file that is no record into quarantine too, with the *reason* beside it; return where it was."""
         path = self.directory / kind / f"{name}.json"
         place = self.directory / "quarantine" / f"{kind}.{name[: NAME_BYTES // 2]}.{os.lstat(path).st_mtime_ns}"
@@ -1653,7 +1936,7 @@ class Store:
         else:
             os.rename(path, place)
         log.warning("%s/%s.json is not a record; it is now quarantine/%s: %s", kind, name, place.name, reason)
-        return path
+        return str(path)
 
     def _catch_up(self) -> None:
         """Take in what the journal has and this store has not, completing what a writer did not live to complete."""
@@ -1664,6 +1947,7 @@ class Store:
             self._journal.close()
             self._journal = Journal(self._journal.path)
         with self.shown:
+            known = self.entries
             if anew:
                 self.recent, self.epochs, self.revision, self.last_update = {}, [], 0, 0.0
                 self.entries = {kind: {} for kind in KINDS}
@@ -1674,7 +1958,7 @@ class Store:
             standing = {key: line for key, line in last.items() if self.recent.get(key) == line.revision}
             waiting = {int(path.suffix[1:]) for path in self._aside()} if anew else None
             self._finish(line for line in standing.values() if waiting is None or line.revision in waiting)
-            self._take_in(standing)
+            self._take_in(standing, known)
             if anew:
                 self._begin(lines, standing)
             self._ring(None if anew else lines)
@@ -1685,25 +1969,28 @@ class Store:
         for line in sorted(lines, key=lambda line: line.revision):
             if line.kind in self.kinds and line.op in ("put", "delete"):
                 file = self.file(line.kind, line.id, line.op, line.revision)
-                if file.aside.exists():
-                    log.warning("completing %s: its writer was stopped", file.path.name)
+                if os.path.exists(file.aside):
+                    log.warning("completing %s: its writer was stopped", os.path.basename(file.path))
                     put_in_place([file])
 
-    def _take_in(self, standing: dict[tuple[str, str, str], Line]) -> None:
-        """Bring the entries to what the lines *standing* in the journal say; suspect the files that differ."""
+    def _take_in(self, standing: dict[tuple[str, str, str], Line], known: dict[str, dict[str, Entry]]) -> None:
+        """Bring the entries to what the lines *standing* in the journal say; suspect the files that differ.
+
+        What was *known* before and is as a line says is not read again.
+        """
         for kind, identity, op in standing:
             if kind in self.kinds and op != "put" and (kind, identity, "put") not in self.recent:
                 self.entries[kind].pop(identity, None)
         for (kind, identity, op), line in standing.items():
             if kind in self.kinds and op == "put":
-                name = name_of(identity)
-                self._suspects[kind, name] = 0
-                self.entries[kind].pop(identity, None)  # what was known is not what was journaled
-                with contextlib.suppress(FileNotFoundError, Unreadable):
-                    entry, _ = read_record(kind, name, self.path(kind, identity))
-                    if entry.crc == line.crc:
-                        self.entries[kind][identity] = entry
-                        del self._suspects[kind, name]
+                entry = known[kind].get(identity)
+                self.entries[kind].pop(identity, None)
+                if not entry or (entry.revision, entry.crc) != (line.revision, line.crc):
+                    entry = read_own(line, self.path(kind, identity))
+                if entry:
+                    self.entries[kind][identity] = entry
+                else:
+                    self._suspects[kind, name_of(identity)] = 0
 
     # Opening
 
@@ -1764,7 +2051,7 @@ class Store:
                     continue
                 self._suspects[kind, file.stem] = 0
                 with contextlib.suppress(FileNotFoundError, Unreadable, Malformed):
-                    entry, record = read_record(kind, file.stem, file)
+                    entry, record = read_record(kind, file.stem, str(file))
                     if entry.revision > head and entry.revision not in seen and from_hand(kind, record, 0, 0) == record:
                         seen.add(entry.revision)
                         moment = float(min(record.get("updatedAt") or record.get("timestamp") or 0, self.clock()))
@@ -1880,16 +2167,12 @@ def take_push(pen: Pen, push: Record) -> str:
 
 
 def take_messages(pen: Pen, identity: str, messages: list[Record]) -> None:
-    known = pen.get("conversations", identity)
     if grave := pen.grave("conversations", identity):
         messages, dead = risen(messages, grave)
         pen.keep("conversations", identity, [message for message in dead if message not in grave["messages"]])
         if not messages:
             return
-    conversation = known or {"messages": []}
-    merged, losers = merge_messages(conversation["messages"], messages)
-    pen.keep("conversations", identity, losers)
-    pen.put("conversations", identity, {**conversation, "messages": merged})
+    pen.merge(identity, messages)
 
 
 def take_document(pen: Pen, identity: str, document: Record) -> None:
@@ -2221,7 +2504,7 @@ class Service:
         if not re.fullmatch(r"\d{1,6}", limit):
             raise Malformed("limit", "must be a whole number")
         entries = sorted(self.store.delta(None).changed["commands"].items(), key=lambda item: -item[1].revision)
-        records = ((identity, msgspec.json.decode(entry.wire)) for identity, entry in entries)
+        records = ((identity, entry.content.record()) for identity, entry in entries)
         chosen = (
             (identity, command)
             for identity, command in records
@@ -2232,7 +2515,7 @@ class Service:
     def get_command(self, identity: str) -> bytes:
         """The command as it stands. ?wait=SECONDS answers when it has ended, or with its state by then."""
         self.hold_until_ended(identity, self.seconds())
-        return existing("commands", self.store.get("commands", identity)).wire
+        return existing("commands", self.store.get("commands", identity)).newer()
 
     def patch_command(self, identity: str) -> Record:
         """Report on a command; the answer is all of it.
@@ -2264,7 +2547,7 @@ class Service:
 
         def ready() -> bool:
             entry = self.store.get("commands", identity)
-            return entry is None or entry.status() in ENDED or self.store.extent(identity, stream) != offset
+            return entry is None or entry.content.status in ENDED or self.store.extent(identity, stream) != offset
 
         self.hold(ready, self.seconds(), [("commands", identity)], OUTPUT_POLL_S)
         command = existing("commands", self.store.get("commands", identity)).record(identity)
@@ -2357,7 +2640,7 @@ class Service:
 
         def ended() -> bool:
             entry = self.store.get("commands", identity)
-            return entry is None or entry.status() in ENDED
+            return entry is None or entry.content.status in ENDED
 
         self.hold(ended, seconds, [("commands", identity)])
 
@@ -2550,8 +2833,8 @@ def token_of(directory: Path) -> str:
         return token
     path = directory / "token"
     if not path.exists():
-        file = File(path, directory / ".token")
-        set_aside({file: secrets.token_urlsafe(32).encode() + b"\n"})
+        file = File(str(path), str(directory / ".token"))
+        set_aside({file: [secrets.token_urlsafe(32).encode() + b"\n"]})
         put_in_place([file])
     return path.read_text().strip() or sys.exit(f"kirosync: {path} is empty; remove it, and a new one is made")
 

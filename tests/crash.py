@@ -49,7 +49,7 @@ def prepare(directory):
 def contents(directory):
     """Everything that a person or a client can see, less the numbers."""
     store = kirosync.Store(directory, clock=lambda: 1000)
-    seen = {kind: {key: json.loads(e.wire) for key, e in store.entries[kind].items()} for kind in kirosync.KINDS}
+    seen = {kind: {key: json.loads(e.newer()) for key, e in store.entries[kind].items()} for kind in kirosync.KINDS}
     seen["deleted"] = sorted(key for key in store.recent if key[2] == "delete")
     store.close()
     return seen

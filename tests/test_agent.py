@@ -491,7 +491,7 @@ def test_a_report_that_is_refused_ends_the_command_with_the_reason(tmp_path):
     program.EXECUTORS["execute_bash"], real = lambda run: deep, program.EXECUTORS["execute_bash"]
     try:
         agent.turn(0)
-        until(lambda: link.store.get("commands", "c").status() == "failed")
+        until(lambda: link.store.get("commands", "c").content.status == "failed")
         ended = link.store.get("commands", "c").record("c")
     finally:
         program.EXECUTORS["execute_bash"] = real

@@ -26,7 +26,7 @@ def put_document(store, identity, content="x", moment=1):
 
 
 def documents(store):
-    return {identity: json.loads(entry.wire) for identity, entry in store.delta(None).changed["documents"].items()}
+    return {identity: json.loads(entry.newer()) for identity, entry in store.delta(None).changed["documents"].items()}
 
 
 # 1
@@ -144,7 +144,7 @@ def test_two_writers_never_lose_a_change(state):
         process.join()
         assert process.exitcode == 0
     store = kirosync.Store(state)
-    messages = json.loads(store.entries["conversations"]["c"].wire)
+    messages = json.loads(store.entries["conversations"]["c"].newer())
     assert len({message["content"] for message in messages}) == len(messages) == 3 * 2 * count
     assert documents(store)["counter"]["content"] == str(3 * 2 * count)
     assert store.revision == 2 * 3 * 2 * count
@@ -236,7 +236,7 @@ def test_pushes_of_three_clients_give_the_same_state_in_every_order(tmp_path, cl
         store = kirosync.Store(tmp_path / str(number), clock=clock)
         for client in order:
             store.change(lambda pen, push=pushes[client]: kirosync.take_push(pen, push))
-        messages = json.loads(store.entries["conversations"]["c"].wire)
+        messages = json.loads(store.entries["conversations"]["c"].newer())
         states.append((sorted(map(kirosync.canonical, messages)), documents(store)))
         store.close()
     assert all(state == states[0] for state in states)

@@ -4,6 +4,7 @@ import itertools
 import sys
 
 import hypothesis.strategies as some
+import msgspec
 import pytest
 from hypothesis import given
 
@@ -291,3 +292,19 @@ def test_merging_many_messages_of_one_moment_and_burying_many_is_not_quadratic()
     sys.setprofile(None)
     assert (len(state), len(alive), len(dead)) == (20_000, 0, 20_000)
     assert calls < 500 * len(many)  # quadratic would be 20,000 times
+
+
+@given(some.lists(MESSAGES, max_size=6))
+def test_merging_into_what_is_near_gives_what_merging_into_all_does(pushes):
+    talk, whole = kirosync.talk_of({}, [], []), []
+    for revision, push in enumerate(pushes, 1):
+        before = talk
+        talk, lost = talk.merged(push, revision)
+        whole, losers = merge_messages(whole, push)
+        assert list(map(canonical, talk.record()["messages"])) == list(map(canonical, whole))
+        assert as_set(lost) == as_set(losers)
+        again = kirosync.talk_of({}, talk.messages, list(talk.revisions))
+        assert talk == again, "the lists that stand beside the messages"
+        unchanged = [message for message, when in zip(talk.messages, talk.revisions, strict=True) if when < revision]
+        assert all(message in before.messages for message in unchanged)
+        assert b"".join(talk.newer(0)) == msgspec.json.encode(talk.record()["messages"])
