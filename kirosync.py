@@ -43,11 +43,10 @@ import array
 import base64
 import bisect
 import contextlib
-import copy
 import ctypes
 import datetime
 import errno
-import gzip
+import functools
 import hashlib
 import hmac
 import html
@@ -159,6 +158,7 @@ class Full(Refusal):
 # Every number, its unit and its reason.
 
 ID_CHARACTERS = 128  # the longest id
+CACHED = 1024  # ids whose names are remembered: most come several times in a request
 NAME_BYTES = 220  # the longest file name of an id; 255 less ".", ".json" and "." + a revision
 BODY_BYTES = 32 << 20  # of one request: a long conversation is some megabytes
 OUTPUT_BYTES = 64 << 20  # of a stream of a command that is kept
@@ -187,6 +187,8 @@ GONE_S = 2.0  # between looks whether who waits has hung up
 OUTPUT_POLL_S = 0.05  # between looks whether a command has printed more
 SETTLE_S = 1.0  # a file written by hand may be half done for so long
 LOOK_S = 1.5  # between looks at the whole directory, where the kernel does not tell
+IN_VAIN_S = 0.0005  # longer, each time that it was our own work which the kernel told of, up to the next
+LONGEST_IN_VAIN_S = 0.005
 JOURNAL_POLL_S = 0.02  # between looks at the journal, where the kernel does not tell
 SWEEP_S = 1.0  # between looks for commands that are overdue
 SLACK_LINES = 1000  # a journal is compacted when it is twice its records and this long
@@ -340,6 +342,7 @@ def parse(raw: bytes) -> Any:
         raise Malformed("", f"not JSON: {'half of a surrogate pair is no text' if half else problem}") from None
 
 
+@functools.lru_cache(CACHED)
 def check_id(identity: str, where: str = "id") -> str:
     """Return *identity* if it can be one: 1 to 128 characters of text, none of them a control character.
 
@@ -359,6 +362,7 @@ def check_id(identity: str, where: str = "id") -> str:
     return identity
 
 
+@functools.lru_cache(CACHED)
 def name_of(identity: str) -> str:
     """Return the file name of an id; it never holds a slash and never begins with a dot.
 
@@ -371,6 +375,7 @@ def name_of(identity: str) -> str:
     return "%2E" + name[1:] if name.startswith(".") else name
 
 
+@functools.lru_cache(CACHED)
 def is_name(name: str) -> bool:
     """Return whether *name* is the file name of some id.
 
@@ -963,6 +968,10 @@ class Delta(NamedTuple):
         return self.full or any(self.deleted[kind] or self.shown(kind, statuses) for kind in kinds)
 
 
+NOTHING: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
+NO_IDS: dict[str, list[str]] = {kind: [] for kind in KINDS}
+
+
 class Unreadable(Exception):
     """A file in the state directory is not a record; the text says why."""
 
@@ -1216,8 +1225,9 @@ class Pen:
 
     def fork(self) -> Pen:
         """Return a pen that goes on where this one is, to be dropped if its rule fails."""
-        twin = copy.copy(self)
-        vars(twin).update({name: copy.copy(part) for name, part in vars(self).items() if name != "store"})
+        twin = Pen.__new__(Pen)
+        parts = vars(self).items()
+        vars(twin).update({name: part.copy() if isinstance(part, (list, dict, set)) else part for name, part in parts})
         return twin
 
     def get(self, kind: str, identity: str) -> Record | None:
@@ -1373,7 +1383,8 @@ class Pen:
             name = name_of(check_id(identity))
             if self.store.differs(kind, name):
                 self.adopt(kind, name, patient=False)  # the rule may write over it
-        return self._staged(kind, identity)
+            self.entries.setdefault((kind, identity), self.store.entries[kind].get(identity))
+        return self.entries[kind, identity]
 
     def _staged(self, kind: str, identity: str) -> Entry | None:
         if (kind, identity) in self.entries:
@@ -1449,10 +1460,7 @@ def write_and_sync(files: dict[File, list[bytes | Span]]) -> dict[str, Written]:
     crcs: dict[str, int] = {}
     try:
         for file, pieces in files.items():
-            if not os.path.isdir(folder := os.path.dirname(file.path)):
-                os.makedirs(folder, mode=0o700)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-            fds[file.path] = os.open(file.aside, flags, 0o600)
+            fds[file.path] = open_aside(file)
             crcs[file.path] = write_pieces(fds[file.path], pieces)
         for fd in fds.values() if len(fds) > 1 else ():
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # starts writing: the syncs then overlap
@@ -1464,6 +1472,16 @@ def write_and_sync(files: dict[File, list[bytes | Span]]) -> dict[str, Written]:
             os.close(fd)
 
 
+def open_aside(file: File) -> int:
+    """Return what to write to for *file*; its folders are made if they are not there."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    try:
+        return os.open(file.aside, flags, 0o600)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(file.aside), mode=0o700, exist_ok=True)
+        return os.open(file.aside, flags, 0o600)
+
+
 def put_in_place(files: Iterable[File]) -> None:
     """Rename *files* and sync their folders. As long as one is aside, all of this can be done again."""
     folders = set()
@@ -1472,7 +1490,11 @@ def put_in_place(files: Iterable[File]) -> None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(file.replaces)
             sync_folder(os.path.dirname(file.replaces))
-        os.rename(file.aside, file.path)
+        try:
+            os.rename(file.aside, file.path)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(file.path), mode=0o700, exist_ok=True)
+            os.rename(file.aside, file.path)
         folders.add(os.path.dirname(file.path))
     for folder in folders:
         sync_folder(folder)
@@ -1555,6 +1577,14 @@ def nothing(pen: Pen) -> None:
     """The rule that changes nothing; to run it is to take in what others did."""
 
 
+class Asked(NamedTuple):
+    """A change that someone waits for until its ``bell`` is released: it is answered, or it is its turn to commit."""
+
+    rule: Callable[[Pen], Any]
+    answer: Future[Any]
+    bell: threading.Lock
+
+
 class Store:
     """The state directory. Opening it repairs what a crash left.
 
@@ -1571,7 +1601,7 @@ class Store:
         self.shown = threading.RLock()  # guards what readers see
         self.waiting: dict[tuple[str, ...], set[threading.Event]] = {}  # (kind,) or (kind, id): who is to be told of it
         self.closed = False
-        self._queue: list[tuple[Callable[[Pen], Any], Future[Any]]] = []
+        self._queue: list[Asked] = []
         self._queued = threading.Condition()  # guards the queue; told when a commit has ended
         self._committing, self._together = False, 0
         self._suspects: dict[tuple[str, str], int] = {}  # (kind, name): when to look at it again, in ms
@@ -1613,6 +1643,12 @@ class Store:
     def delta(self, cursor: str | None) -> Delta:
         """Return what changed after *cursor*; everything, if it is None or not known here."""
         self.refresh()
+        return self.known_after(cursor)
+
+    def known_after(self, cursor: str | None) -> Delta:
+        """Return what is known to have changed after *cursor*, as of the last look."""
+        if cursor == self.cursor:
+            return Delta(False, self.revision, cursor, NOTHING, NO_IDS, self.revision)
         with self.shown:
             since = self._since(cursor)
             if since is None:
@@ -1692,14 +1728,16 @@ class Store:
         Whoever comes while another commits is committed with the others that wait. Raises what the
         rule raises, Busy if another process holds the lock for too long, Full if the disk is.
         """
-        answer: Future[T] = Future()
+        asked = Asked(rule, Future(), threading.Lock())
+        asked.bell.acquire()
         with self._queued:
-            self._queue.append((rule, answer))
-            self._queued.wait_for(lambda: answer.done() or not self._committing)
-            self._committing = self._committing or not answer.done()
-        if not answer.done():
+            self._queue.append(asked)
+            first, self._committing = not self._committing, True
+        if not first:
+            asked.bell.acquire()
+        if not asked.answer.done():
             self._commit_queue()
-        return answer.result()
+        return asked.answer.result()  # type: ignore[no-any-return]
 
     def append(self, identity: str, stream: str, offset: int, piece: bytes) -> int:
         """Put *piece* at *offset* of a stream of a command, as far as it fits, durably; return how much there is.
@@ -1736,13 +1774,17 @@ class Store:
             with self._locked():
                 self._commit(waiting)
         except BaseException as error:  # whatever it was, nobody is to be told that all is well
-            for _, answer in waiting:
-                if not answer.done():
-                    answer.set_exception(refusal_of(error) if isinstance(error, OSError) else error)
+            for asked in waiting:
+                if not asked.answer.done():
+                    asked.answer.set_exception(refusal_of(error) if isinstance(error, OSError) else error)
         finally:
             with self._queued:
-                self._together, self._committing = len(waiting), False
+                self._together, self._committing = len(waiting), bool(self._queue)
+                for asked in self._queue[:1]:
+                    asked.bell.release()  # the next to commit
                 self._queued.notify_all()
+            for asked in waiting:
+                asked.bell.release()
 
     def _open_lock(self) -> int:
         return os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -1771,18 +1813,18 @@ class Store:
         finally:
             filelock.unlock_descriptor(self._lock)
 
-    def _commit(self, waiting: list[tuple[Callable[[Pen], Any], Future[Any]]]) -> None:
+    def _commit(self, waiting: list[Asked]) -> None:
         """Run each rule, make what they wrote durable together, and give the answers."""
         self._catch_up()
         pen, looked = self._adopt_suspects(Pen(self, self.clock()))
         answers = []
-        for rule, answer in waiting:
+        for asked in waiting:
             trial = pen.fork()
             try:
-                answers.append((answer, rule(trial)))
+                answers.append((asked.answer, asked.rule(trial)))
                 pen = trial
             except Exception as error:  # a rule is its caller's code: the error is raised there, the others go on
-                answer.set_exception(error)
+                asked.answer.set_exception(error)
         if pen.lines or pen.history or pen.unwanted:
             self._write(pen)
         for key, when in looked.items():
@@ -1860,7 +1902,7 @@ class Store:
 
     def follow(self) -> None:
         """Take in what is done to the directory by others, as it happens, until the store is closed."""
-        watch = None
+        watch, in_vain = None, 0
         while not self.closed:
             try:
                 if watch is None or watch.stale:
@@ -1869,13 +1911,18 @@ class Store:
                     self._make_folders()
                     watch = Watch(self.directory, self.kinds)
                     self.notice(None)
-                self.notice(watch.wait(LOOK_S / 3))
+                seen = watch.wait(LOOK_S / 3)
+                in_vain = 0 if self.notice(seen) or not seen else in_vain + 1
+                time.sleep(min(in_vain * IN_VAIN_S, LONGEST_IN_VAIN_S))
             except (OSError, Refusal) as error:
                 log.warning("what others did must wait: %s", error)
                 time.sleep(SETTLE_S)
 
-    def notice(self, names: set[tuple[str, str]] | None) -> None:
-        """Take in what was done to the files *names*, (kind, file name), or to any file if that is None."""
+    def notice(self, names: set[tuple[str, str]] | None) -> bool:
+        """Take in what was done to the files *names*, (kind, file name), or to any file if that is None.
+
+        Return whether anything was, by others than this store.
+        """
         if names is None:
             names = {(kind, file) for kind in self.kinds for file in self._all_files(kind)}
         now = self.clock()
@@ -1883,8 +1930,10 @@ class Store:
             record = kind in self.kinds and file.endswith(".json") and not file.startswith(".")
             if record and self.differs(kind, file[:-5]):
                 self._suspects[kind, file[:-5]] = now
-        if self._journal.moved() or any(when <= now for when in [*self._suspects.values()]):
+        stirred = self._journal.moved() or any(when <= now for when in [*self._suspects.values()])
+        if stirred:
             self.change(nothing)
+        return stirred
 
     def differs(self, kind: str, name: str) -> bool:
         """Return whether the file *name* (without .json) is not the one that was last read or written."""
@@ -2258,19 +2307,43 @@ def put_command(pen: Pen, known: Record | None, command: Record) -> Record:
     return command
 
 
-def show(delta: Delta, last_update: float, now: int, kinds: Iterable[str], statuses: Container[str] = ()) -> bytes:
-    """Return the sync document of *delta*, from bytes that are already encoded."""
-    encode = msgspec.json.encode
-    shown = []
+def show(
+    delta: Delta, last_update: float, now: int, kinds: Iterable[str], statuses: Container[str] = ()
+) -> list[bytes]:
+    """Return the sync document of *delta*, as pieces of which most are encoded already."""
+    encode, before, pieces = msgspec.json.encode, b"{", []
     for kind in kinds:
-        records = delta.shown(kind, statuses).items()
-        body = b",".join(encode(identity) + b":" + entry.newer(delta.since) for identity, entry in records)
-        shown.append(b'"%s":{%s}' % (kind.encode(), body))
+        pieces.append(b'%s"%s":{' % (before, kind.encode()))
+        comma, before = b"", b"},"
+        for identity, entry in delta.shown(kind, statuses).items():
+            pieces.append(comma + encode(identity) + b":")
+            pieces += entry.content.newer(delta.since)
+            comma = b","
     tail: Record = {"lastUpdate": last_update if last_update % 1 else int(last_update), "cursor": delta.cursor}
     tail |= {"serverTime": now} | ({"full": True} if delta.full else {})
     if delta.since:
         tail["deleted"] = {kind: delta.deleted[kind] for kind in kinds if delta.deleted[kind]}
-    return b"{" + b",".join(shown) + b"," + encode(tail)[1:]
+    return [*pieces, before, encode(tail)[1:]]
+
+
+def blocks(pieces: Sequence[bytes], size: int) -> Iterator[bytes]:
+    """Yield *pieces* joined to blocks of about so many bytes."""
+    start = total = 0
+    for stop, length in enumerate(map(len, pieces), 1):
+        total += length
+        if total >= size or stop == len(pieces):
+            yield b"".join(pieces[start:stop])
+            start, total = stop, 0
+
+
+ACCEPTS_GZIP = re.compile(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))")
+
+
+def gzipped(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield *blocks* compressed, each as far as it goes."""
+    packer = zlib.compressobj(1, zlib.DEFLATED, 31)  # with the head and foot of gzip
+    yield from filter(None, map(packer.compress, blocks))
+    yield packer.flush()
 
 
 class Service:
@@ -2281,8 +2354,13 @@ class Service:
     def __init__(self, store: Store, token: str, host: str = "127.0.0.1", port: int = 0, threads: int = THREADS):
         self.store, self.token, self.host, self.port = store, token, host, port
         self.started, self.listening = time.monotonic(), store.clock()
+        self.name_of_run, self.requests = (
+            secrets.token_hex(4),
+            itertools.count(1),
+        )  # make a request id, without the kernel
         self.waiters = threading.BoundedSemaphore(max(0, threads - max(2, threads // 4)))
         self.app: Any = bottle.Bottle()
+        self.app.config["json.enable"] = False  # JSON is made here
         self.app.config["catchall"] = False  # answer() catches; beyond it a failure is waitress's to report
         self.app.default_error_handler = self.unrouted
         self.app.install(self)
@@ -2308,7 +2386,8 @@ class Service:
         """Return the body, bytes or a file, of what *handler* answers or raises, and set the status and the headers."""
         request, response = bottle.request, bottle.response
         identity = header("X-Request-Id")
-        identity = identity if re.fullmatch(r"[\w.-]{1,64}", identity, re.ASCII) else secrets.token_hex(8)
+        if not re.fullmatch(r"[\w.-]{1,64}", identity, re.ASCII):
+            identity = f"{self.name_of_run}-{next(self.requests)}"
         response.set_header("X-Request-Id", identity)
         response.content_type = "application/json"
         try:
@@ -2327,14 +2406,22 @@ class Service:
             body = {"error": "Internal Server Error", "message": "see the log for this request", "requestId": identity}
         if hasattr(body, "read"):  # a file: Bottle hands it on
             return body
-        return self.compress(body if isinstance(body, bytes) else msgspec.json.encode(body))
+        pieces = body if isinstance(body, list) else [body if isinstance(body, bytes) else msgspec.json.encode(body)]
+        return self.send(pieces)
 
-    def compress(self, body: bytes) -> bytes:
-        if len(body) >= GZIP_BYTES and re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", header("Accept-Encoding")):
-            bottle.response.set_header("Content-Encoding", "gzip")
-            body = gzip.compress(body, 1, mtime=0)
-        bottle.response.add_header("Vary", "Accept-Encoding")
-        return body
+    def send(self, pieces: list[bytes]) -> bytes | Iterator[bytes]:
+        """Return what is to be sent of a body in *pieces*: compressed if that is wanted; if it is long, in blocks."""
+        size, response = sum(map(len, pieces)), bottle.response
+        response.set_header("Vary", "Accept-Encoding")
+        compress = size >= GZIP_BYTES and ACCEPTS_GZIP.search(header("Accept-Encoding"))
+        if compress:
+            response.set_header("Content-Encoding", "gzip")
+        if size <= BLOCK_BYTES:
+            return b"".join(gzipped(pieces) if compress else pieces)
+        if not compress:
+            response.set_header("Content-Length", str(size))
+        parts = blocks(pieces, BLOCK_BYTES)
+        return gzipped(parts) if compress else parts
 
     def authenticate(self) -> None:
         scheme, _, token = header("Authorization").partition(" ")
@@ -2373,14 +2460,16 @@ class Service:
 
     def seconds(self, name: str = "wait") -> float:
         """Return how long (s) the caller is ready to wait, at most WAIT_S."""
-        text = bottle.request.query.get(name, "0")
+        text = bottle.request.query.get(name)
+        if text is None:
+            return 0
         if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", text):
             raise Malformed(name, f"must be a number of seconds, 0 to {WAIT_S}")
         return min(float(text), WAIT_S)
 
     def listed(self, name: str, possible: Iterable[str]) -> list[str]:
         """Return what the query parameter *name* lists, separated by commas, each of which must be *possible*."""
-        names = [part for part in bottle.request.query.get(name, "").split(",") if part]
+        names = [part for part in (bottle.request.query.get(name) or "").split(",") if part]
         for part in names:
             if part not in possible:
                 raise Malformed(name, f"{part!r} is not one of {', '.join(possible)}")
@@ -2438,7 +2527,7 @@ class Service:
         server = {"running": True, "port": self.port, "host": self.host, "uptime": uptime}
         return {"status": "healthy", "timestamp": f"{moment:%FT%T}Z", "server": server}
 
-    def get_sync(self) -> bytes:
+    def get_sync(self) -> list[bytes]:
         """All conversations, documents and commands, with lastUpdate and a cursor.
 
         ?since=CURSOR gives what changed after it: of a conversation the new messages, and in "deleted"
@@ -2452,15 +2541,16 @@ class Service:
         kinds = kinds or list(KINDS)
         if since:
             self.hold(lambda: self.store.delta(since).touches(kinds, statuses), seconds, [(kind,) for kind in kinds])
-        delta = self.store.delta(since)
-        tag = f'W/"{delta.cursor}"'
-        bottle.response.set_header("ETag", tag)
-        if tag in header("If-None-Match"):
+        self.store.refresh()
+        if (tag := f'W/"{self.store.cursor}"') in header("If-None-Match"):
             bottle.response.status = 304
-            return b""
+            bottle.response.set_header("ETag", tag)
+            return []
+        delta = self.store.known_after(since)
+        bottle.response.set_header("ETag", f'W/"{delta.cursor}"')
         return show(delta, self.store.last_update, self.store.clock(), kinds, statuses)
 
-    def post_sync(self) -> bytes:
+    def post_sync(self) -> list[bytes]:
         """Merge what is sent, the whole state or a part of it: {"status": "updated" | "current", "data": state}.
 
         "updated" if the lastUpdate sent is later than the server's, which then becomes the one sent. The
@@ -2477,7 +2567,7 @@ class Service:
                 elif identity not in delta.deleted[kind]:
                     delta.deleted[kind].append(identity)
         state = show(delta, self.store.last_update, self.store.clock(), KINDS)
-        return b'{"status":"%s","data":%s}' % (status.encode(), state)
+        return [b'{"status":"%s","data":' % status.encode(), *state, b"}"]
 
     def post_command(self) -> Any:
         """Queue a command: {"commandId", "status": "pending"}. ?wait=SECONDS answers when it has ended.
@@ -2492,9 +2582,10 @@ class Service:
         if known:
             bottle.response.set_header("Idempotent-Replayed", "true")
         identity = command["id"]
-        self.hold_until_ended(identity, seconds)
-        entry = self.store.get("commands", identity)
-        shown = entry.record(identity) if entry and seconds else {"status": command["status"]}
+        if seconds:
+            self.hold_until_ended(identity, seconds)
+        entry = self.store.get("commands", identity) if seconds else None
+        shown = entry.record(identity) if entry else {"status": command["status"]}
         return {"commandId": identity, **without(shown, "id")}
 
     def get_commands(self) -> Record:
@@ -2816,8 +2907,38 @@ class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
         super().execute()
 
 
+class Task(waitress.task.WSGITask):  # type: ignore[misc]
+    """Sends the head of an answer and the first of its body in one piece, which takes one system call less.
+
+    It leaves the connection open after an answer without a body, whose end nobody can mistake: a 304.
+    """
+
+    def build_response_header(self) -> bytes:
+        self.channel.head = super().build_response_header()
+        return b""
+
+    def finish(self) -> None:
+        super().finish()
+        self.channel.write_soon(b"")
+
+    def set_close_on_finish(self) -> None:
+        asked_for = self.version == "1.0" or self.request.headers.get("CONNECTION", "").lower() == "close"
+        if self.has_body or asked_for:
+            super().set_close_on_finish()
+
+
 class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
+    task_class = Task
     error_task_class = JsonErrorTask
+    head = b""  # of an answer, still to be sent
+
+    def write_soon(self, data: Any) -> int:
+        head, self.head = self.head, b""
+        if head and isinstance(data, bytes):
+            data = head + data
+        elif head:  # before a file
+            super().write_soon(head)
+        return super().write_soon(data)  # type: ignore[no-any-return]
 
 
 # ---------------------------------------------------------------------------------------- Main

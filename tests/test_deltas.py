@@ -19,7 +19,7 @@ class Client:
 
     def sync(self, store):
         delta = store.delta(self.cursor)
-        said = json.loads(kirosync.show(delta, store.last_update, 0, kirosync.KINDS))
+        said = json.loads(b"".join(kirosync.show(delta, store.last_update, 0, kirosync.KINDS)))
         self.cursor = said["cursor"]
         if said.get("full"):
             self.state = {kind: {} for kind in kirosync.KINDS}

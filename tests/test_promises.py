@@ -69,8 +69,7 @@ else:
     for thread in threads: thread.start()
     while len(store._queue) < 8: pass
     with store._queued:
-        store._committing = False
-        store._queued.notify_all()
+        store._queue[0].bell.release()
     for thread in threads: thread.join()
 os.write(2, b"END\\n")
 """

@@ -318,7 +318,7 @@ def test_an_id_in_a_path_is_only_ever_an_id(client, store, identity):
 
 
 def test_a_defect_is_a_500_with_a_request_id_that_is_also_in_the_log(client, store, monkeypatch, caplog):
-    monkeypatch.setattr(store, "delta", lambda cursor: 1 / 0)
+    monkeypatch.setattr(store, "known_after", lambda cursor: 1 / 0)
     answer = refused(client.get("/sync", status=500), 500)
     assert "ZeroDivisionError" not in json.dumps(answer)
     assert answer["requestId"] in caplog.text

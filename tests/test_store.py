@@ -719,10 +719,10 @@ def test_a_file_made_of_parts_of_the_one_before_is_as_if_laid_out_whole(store, s
 
 def together(store, rules):
     """Commit *rules* in one commit."""
-    waiting = [(rule, Future()) for rule in rules]
+    waiting = [kirosync.Asked(rule, Future(), threading.Lock()) for rule in rules]
     with store._locked():
         store._commit(waiting)
-    return [answer.result() for _, answer in waiting]
+    return [asked.answer.result() for asked in waiting]
 
 
 def test_a_file_that_is_changed_by_hand_while_it_is_copied_costs_a_try_and_nothing_else(store, state, monkeypatch):
