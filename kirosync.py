@@ -968,10 +968,6 @@ class Delta(NamedTuple):
         return self.full or any(self.deleted[kind] or self.shown(kind, statuses) for kind in kinds)
 
 
-NOTHING: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
-NO_IDS: dict[str, list[str]] = {kind: [] for kind in KINDS}
-
-
 class Unreadable(Exception):
     """A file in the state directory is not a record; the text says why."""
 
@@ -1647,16 +1643,15 @@ class Store:
 
     def known_after(self, cursor: str | None) -> Delta:
         """Return what is known to have changed after *cursor*, as of the last look."""
+        changed: dict[str, dict[str, Entry]] = {kind: {} for kind in self.kinds}
+        deleted: dict[str, list[str]] = {kind: [] for kind in self.kinds}
         if cursor == self.cursor:
-            return Delta(False, self.revision, cursor, NOTHING, NO_IDS, self.revision)
+            return Delta(False, self.revision, cursor, changed, deleted, self.revision)
         with self.shown:
             since = self._since(cursor)
             if since is None:
                 everything = {kind: dict(self.entries[kind]) for kind in self.kinds}
-                nobody: dict[str, list[str]] = {kind: [] for kind in self.kinds}
-                return Delta(cursor is not None, self.revision, self.cursor, everything, nobody, 0)
-            changed: dict[str, dict[str, Entry]] = {kind: {} for kind in self.kinds}
-            deleted: dict[str, list[str]] = {kind: [] for kind in self.kinds}
+                return Delta(cursor is not None, self.revision, self.cursor, everything, deleted, 0)
             for (kind, identity, op), revision in reversed(self.recent.items()):
                 if revision <= since:
                     break
