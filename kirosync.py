@@ -46,7 +46,6 @@ import contextlib
 import ctypes
 import datetime
 import errno
-import functools
 import hashlib
 import hmac
 import html
@@ -158,7 +157,6 @@ class Full(Refusal):
 # Every number, its unit and its reason.
 
 ID_CHARACTERS = 128  # the longest id
-CACHED = 1024  # ids whose names are remembered: most come several times in a request
 NAME_BYTES = 220  # the longest file name of an id; 255 less ".", ".json" and "." + a revision
 BODY_BYTES = 32 << 20  # of one request: a long conversation is some megabytes
 OUTPUT_BYTES = 64 << 20  # of a stream of a command that is kept
@@ -190,6 +188,9 @@ LOOK_S = 1.5  # between looks at the whole directory, where the kernel does not 
 IN_VAIN_S = 0.0005  # longer, each time that it was our own work which the kernel told of, up to the next
 LONGEST_IN_VAIN_S = 0.005
 JOURNAL_POLL_S = 0.02  # between looks at the journal, where the kernel does not tell
+KEPT_S = 30 * 24 * 3600  # an ended command stays so long among the others
+RETIRED = 20  # of those too old, at once: others want to write as well
+TEND_S = 60.0  # between looks for what has become too long or too old
 SWEEP_S = 1.0  # between looks for commands that are overdue
 SLACK_LINES = 1000  # a journal is compacted when it is twice its records and this long
 EPOCHS = 256  # starts of a service that cursors are remembered for
@@ -342,7 +343,9 @@ def parse(raw: bytes) -> Any:
         raise Malformed("", f"not JSON: {'half of a surrogate pair is no text' if half else problem}") from None
 
 
-@functools.lru_cache(CACHED)
+PLAIN = re.compile(rf"[A-Za-z0-9_-][A-Za-z0-9_.-]{{0,{ID_CHARACTERS - 1}}}")  # an id that is its own file name
+
+
 def check_id(identity: str, where: str = "id") -> str:
     """Return *identity* if it can be one: 1 to 128 characters of text, none of them a control character.
 
@@ -353,6 +356,8 @@ def check_id(identity: str, where: str = "id") -> str:
         ...
     kirosync.Malformed: id: an id has no control characters, this one has one at 1
     """
+    if PLAIN.fullmatch(identity):
+        return identity
     if not 1 <= len(identity) <= ID_CHARACTERS:
         raise Malformed(where, f"an id has 1 to {ID_CHARACTERS} characters, this one has {len(identity)}")
     if bad := re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", identity):
@@ -362,20 +367,18 @@ def check_id(identity: str, where: str = "id") -> str:
     return identity
 
 
-@functools.lru_cache(CACHED)
 def name_of(identity: str) -> str:
     """Return the file name of an id; it never holds a slash and never begins with a dot.
 
     >>> name_of("../etc"), name_of("a~b"), name_of("Straße")
     ('%2E.%2Fetc', 'a%7Eb', 'Stra%C3%9Fe')
     """
-    if re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", identity):
+    if PLAIN.fullmatch(identity):
         return identity
     name = urllib.parse.quote(identity, safe="").replace("~", "%7E")
     return "%2E" + name[1:] if name.startswith(".") else name
 
 
-@functools.lru_cache(CACHED)
 def is_name(name: str) -> bool:
     """Return whether *name* is the file name of some id.
 
@@ -754,8 +757,19 @@ def from_hand(kind: str, found: Record, edited: int, now: int) -> Record:
 Stamp = tuple[int, int, int]  # of a file: inode, mtime in ns, size
 
 
+# What a change does to a record: each op, and those whose lines in the journal no longer matter after it.
+REPLACES: dict[str, tuple[str, ...]] = {
+    "put": ("put",),
+    "delete": ("delete", "put"),
+    "archive": ("archive", "put"),
+    "quarantine": ("quarantine", "put"),
+    "touch": ("touch",),
+}
+GRAVES = {"delete": "deleted", "archive": "archive"}  # where the last version of what has gone is
+
+
 class Line(msgspec.Struct, frozen=True):
-    """One change in the journal. ``op`` is put, delete, quarantine, touch, or open: a start of a service."""
+    """One change in the journal. ``op`` is one of REPLACES, or open: a start of a service."""
 
     revision: int
     at: float
@@ -1078,8 +1092,8 @@ def read_file(path: str) -> tuple[bytes, Stamp]:
             if not stat.S_ISREG(status.st_mode):
                 raise Unreadable("is not a plain file")
             raw = os.read(file, status.st_size + 1)
-            while block := len(raw) >= status.st_size and os.read(file, BLOCK_BYTES):
-                raw += block
+            while len(raw) != status.st_size and (block := os.read(file, BLOCK_BYTES)):
+                raw += block  # it is growing, or larger than one call reads
             return raw, stamp_of(status)
         finally:
             os.close(file)
@@ -1217,7 +1231,7 @@ class Pen:
         self.entries: dict[tuple[str, str], Entry | None] = {}
         self.files: dict[str, tuple[File, list[bytes | Span]]] = {}
         self.history: dict[File, list[bytes | Span]] = {}
-        self.unwanted: set[str] = set()  # files to be removed: of what was deleted, or is in quarantine
+        self.unwanted: dict[str, str] = {}  # files to be moved, or removed: of what has gone, or is in quarantine
 
     def fork(self) -> Pen:
         """Return a pen that goes on where this one is, to be dropped if its rule fails."""
@@ -1254,30 +1268,34 @@ class Pen:
         self.entries[kind, identity] = Entry(self.revision, 0, file.path, (0, 0, 0), content)
         self.files[file.path] = file, pieces
 
-    def delete(self, kind: str, identity: str, before: int, whole: bool = True) -> None:
-        """Leave a tombstone (see bury) in place of the record; nothing as old as *before* (ms) comes back."""
+    def delete(self, kind: str, identity: str, before: int, whole: bool = True, op: str = "delete") -> None:
+        """Leave a tombstone (see bury) in place of the record; nothing as old as *before* (ms) comes back.
+
+        With the *op* archive the tombstone and what a command has printed are in archive/.
+        """
         record = self.get(kind, identity) or ({"messages": []} if kind == "conversations" else {})
         grave = bury(record, self.grave(kind, identity), before, whole)
         wire = msgspec.json.encode(without(grave, "id", "revision"))
-        self._enter(kind, identity, "delete")
+        self._enter(kind, identity, op)
         self.entries[kind, identity] = None
         self.files.pop(self.store.path(kind, identity), None)
-        file = self.store.file(kind, identity, "delete", self.revision)
+        file = self.store.file(kind, identity, op, self.revision)
         file = file if whole else file._replace(replaces="")  # it is gone; one that has come since is another
-        self.unwanted |= {str(self.store.stream(identity, name)) for name in STREAMS} if kind == "commands" else set()
+        if kind == "commands":
+            self.unwanted |= self.store.leftovers(identity, op)
         self.files[file.path] = file, Whole(wire).file(identity, self.revision)
 
     def grave(self, kind: str, identity: str) -> Record | None:
         """Return the tombstone that *identity* has, or None."""
-        path = self.store.grave(kind, identity)
-        if path in self.files:
-            return msgspec.json.decode(b"".join(self.files[path][1]))  # type: ignore
-        if (kind, identity, "delete") not in self.store.recent:
-            return None
-        try:
-            return {"deletedBefore": 0, "messages": [], **msgspec.json.decode(read_file(path)[0])}
-        except (FileNotFoundError, Unreadable, msgspec.DecodeError, TypeError):
-            return None  # removed or spoiled by hand: then nothing is dead
+        for op in GRAVES:
+            path = self.store.grave(kind, identity, op)
+            if path in self.files:
+                return msgspec.json.decode(b"".join(self.files[path][1]))  # type: ignore
+            if (kind, identity, op) in self.store.recent:
+                # removed or spoiled by hand: then nothing is dead
+                with contextlib.suppress(FileNotFoundError, Unreadable, msgspec.DecodeError, TypeError):
+                    return {"deletedBefore": 0, "messages": [], **msgspec.json.decode(read_file(path)[0])}
+        return None
 
     def keep(self, kind: str, identity: str, versions: Iterable[Record]) -> None:
         """Put *versions* into the history of a record."""
@@ -1371,7 +1389,7 @@ class Pen:
 
     def _turn_away(self, kind: str, name: str, reason: str) -> None:
         """Put a file into quarantine. It stays where it is until the change is durable: never in neither place."""
-        self.unwanted.add(self.store.quarantine(kind, name, reason))
+        self.unwanted[self.store.quarantine(kind, name, reason)] = ""
 
     def _entry(self, kind: str, identity: str) -> Entry | None:
         """Return what the record is now, after a look whether its file was changed by hand."""
@@ -1496,16 +1514,27 @@ def put_in_place(files: Iterable[File]) -> None:
         sync_folder(folder)
 
 
+def clear_away(files: dict[str, str]) -> None:
+    """Move each of *files* to its place, or remove it if that is ""; again, it does no harm."""
+    for path, place in files.items():
+        with contextlib.suppress(FileNotFoundError):
+            if place:
+                os.rename(path, place)
+            else:
+                os.unlink(path)
+
+
 class Journal:
     """The file that numbers every change. To enter a line is the point of no return of a commit."""
 
     FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.aside = path, path.with_name(f".{path.name}")
         self.name = os.fspath(path)  # a stat by Path takes twice as long, and this one is made all the time
         self.fd = os.open(path, self.FLAGS, 0o600)
         self.known = (0, 0)  # the inode, and the size up to which it has been read
+        self.lines = 0  # up to there
 
     def place(self) -> tuple[int, int]:
         """Return the inode and the size of the file that has the journal's name; zeros if there is none."""
@@ -1537,10 +1566,11 @@ class Journal:
                 lines += [line] if line.kind not in KINDS or check_id(line.id) else []
             except (ValueError, Malformed) as error:
                 log.warning("a line of the journal cannot be read and is passed over: %s", error)
+        self.lines += len(lines)
         self.mark()
         return lines
 
-    def enter(self, lines: Iterable[Line]) -> None:
+    def enter(self, lines: Sequence[Line]) -> None:
         """Append *lines* and sync; all of them, or none and OSError."""
         size = os.fstat(self.fd).st_size
         try:
@@ -1549,16 +1579,35 @@ class Journal:
         except BaseException:
             os.ftruncate(self.fd, size)
             raise
+        self.lines += len(lines)
         self.mark()
 
-    def rewrite(self, lines: Iterable[Line]) -> None:
-        """Replace the file by one of these *lines*, oldest first."""
-        text = b"".join(msgspec.json.encode(line) + b"\n" for line in sorted(lines, key=lambda line: line.revision))
-        file = File(self.name, str(self.path.with_name(".journal.jsonl")))
-        set_aside({file: [text]})
+    def summary(self, size: int) -> bytes:
+        """Return what still matters of its first *size* bytes: the last line of each record and op, and the starts."""
+        last: dict[tuple[str, str, str], tuple[int, bytes]] = {}
+        starts: list[tuple[int, bytes]] = []
+        with open(self.path, "rb") as file:
+            while file.tell() < size and (text := file.readline()):
+                with contextlib.suppress(ValueError):
+                    line = msgspec.json.decode(text, type=Line)
+                    if line.op == "open":
+                        starts.append((line.revision, text))
+                        continue
+                    for op in REPLACES.get(line.op, (line.op,)):
+                        last.pop((line.kind, line.id, op), None)
+                    last[line.kind, line.id, line.op] = line.revision, text
+        return b"".join(text for _, text in sorted([*starts[-EPOCHS:], *last.values()]))
+
+    def replace(self, summary: bytes, size: int) -> None:
+        """Replace its first *size* bytes by *summary*; the rest is what came meanwhile."""
+        rest = os.pread(self.fd, self.known[1] - size, size)
+        file = File(self.name, str(self.aside))
+        set_aside({file: [summary, rest]})
         put_in_place([file])
         os.close(self.fd)
         self.fd = os.open(self.path, self.FLAGS)
+        self.lines = summary.count(b"\n") + rest.count(b"\n")
+        self.mark()
 
     def mark(self) -> None:
         status = os.fstat(self.fd)
@@ -1616,19 +1665,24 @@ class Store:
         """Return the file of a record: the one gate through which ids become names."""
         return f"{self.directory}/{kind}/{name_of(check_id(identity))}.json"
 
-    def grave(self, kind: str, identity: str) -> str:
-        return self.path(f"deleted/{kind}", identity)
+    def grave(self, kind: str, identity: str, op: str = "delete") -> str:
+        return self.path(f"{GRAVES[op]}/{kind}", identity)
 
     def stream(self, identity: str, stream: str) -> Path:
         """Return the file of what a command prints or reads, which is there once something was."""
         return self.directory / "output" / f"{name_of(check_id(identity))}.{STREAMS[stream]}"
 
     def file(self, kind: str, identity: str, op: str, revision: int) -> File:
-        """Return the file that *op* writes: the record, or for delete the tombstone in its place."""
+        """Return the file that *op* writes: the record, or the tombstone in its place."""
         record = self.path(kind, identity)
-        path = self.grave(kind, identity) if op == "delete" else record
+        path = self.grave(kind, identity, op) if op in GRAVES else record
         folder, name = os.path.split(path)
-        return File(path, f"{folder}/.{name}.{revision}", record if op == "delete" else "")
+        return File(path, f"{folder}/.{name}.{revision}", record if op in GRAVES else "")
+
+    def leftovers(self, identity: str, op: str) -> dict[str, str]:
+        """Return the files of what a command has printed and read, and where each goes with *op*; "" is nowhere."""
+        files = [self.stream(identity, name) for name in STREAMS]
+        return {str(file): f"{self.directory}/archive/output/{file.name}" if op == "archive" else "" for file in files}
 
     # Reading
 
@@ -1657,7 +1711,7 @@ class Store:
                     break
                 if op == "put" and kind in changed and (entry := self.entries[kind].get(identity)):
                     changed[kind][identity] = entry
-                elif op in ("delete", "quarantine") and kind in deleted:
+                elif op not in ("put", "touch") and kind in deleted:
                     deleted[kind].append(identity)
             return Delta(False, self.revision, self.cursor, changed, deleted, since)
 
@@ -1846,9 +1900,7 @@ class Store:
         self._sound = False  # should a rename fail: the journal has it, so whoever comes next completes it
         try:
             put_in_place(files)
-            for path in pen.unwanted - {file.path for file in files}:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
+            clear_away({path: place for path, place in pen.unwanted.items() if path not in pen.files})
         except OSError as error:
             raise Broken(f"{error.strerror}; the change will be completed later: look before you repeat it") from None
         self._sound = True
@@ -1889,9 +1941,29 @@ class Store:
         if line.op == "open":
             self.epochs = [*self.epochs, (line.id, line.revision)][-EPOCHS:]
             return
-        for op in {line.op, "put"} if line.op in ("delete", "quarantine") else {line.op}:
+        for op in REPLACES.get(line.op, (line.op,)):
             self.recent.pop((line.kind, line.id, op), None)
         self.recent[line.kind, line.id, line.op] = line.revision
+
+    # Keeping it small
+
+    def compact(self) -> bool:
+        """Replace the journal, if it is long, by what still matters of it; return whether that was done.
+
+        Others go on meanwhile: what is there is read without the lock, which is taken to add what came since.
+        """
+        if self._journal.lines <= 2 * len(self.recent) + SLACK_LINES:
+            return False
+        inode, size = self._journal.known
+        summary = self._journal.summary(size)
+
+        def replace(pen: Pen) -> bool:
+            if self._journal.known[0] != inode:
+                return False  # someone else has
+            self._journal.replace(summary, size)
+            return True
+
+        return self.change(replace)
 
     # Noticing
 
@@ -2004,14 +2076,14 @@ class Store:
             self._finish(line for line in standing.values() if waiting is None or line.revision in waiting)
             self._take_in(standing, known)
             if anew:
-                self._begin(lines, standing)
+                self._begin(lines)
             self._ring(None if anew else lines)
         self._sound = True
 
     def _finish(self, lines: Iterable[Line]) -> None:
         """Put in place what the writers of *lines* set aside and did not live to rename."""
         for line in sorted(lines, key=lambda line: line.revision):
-            if line.kind in self.kinds and line.op in ("put", "delete"):
+            if line.kind in self.kinds and line.op in ("put", *GRAVES):
                 file = self.file(line.kind, line.id, line.op, line.revision)
                 if os.path.exists(file.aside):
                     log.warning("completing %s: its writer was stopped", os.path.basename(file.path))
@@ -2041,11 +2113,12 @@ class Store:
     def _make_folders(self) -> None:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.chmod(self.directory, 0o700)
-        for name in ("deleted", *(f"deleted/{kind}" for kind in KINDS), "history", "output", "quarantine", *KINDS):
+        graves = [f"{folder}/{kind}" for folder in GRAVES.values() for kind in KINDS]
+        for name in (*GRAVES.values(), *graves, "archive/output", "history", "output", "quarantine", *KINDS):
             (self.directory / name).mkdir(mode=0o700, exist_ok=True)
 
-    def _begin(self, lines: list[Line], standing: dict[tuple[str, str, str], Line]) -> None:
-        """Settle what the journal does not say, compact it if it is long, and begin an epoch for cursors."""
+    def _begin(self, lines: list[Line]) -> None:
+        """Settle what the journal does not say, and begin an epoch for cursors."""
         self._clear_aside()
         kinds = self.kinds if lines else KINDS  # only from all records can a journal be made again
         strangers = [*self._strangers(kinds), *([] if lines else self._graves())]
@@ -2054,8 +2127,6 @@ class Store:
             self._note(line)
         self.entries = {kind: self.entries[kind] for kind in self.kinds}
         self._suspects = {key: when for key, when in self._suspects.items() if key[0] in self.kinds}
-        if self.kinds == KINDS and len(lines) > 2 * len(self.recent) + SLACK_LINES:
-            self._journal.rewrite([*[line for line in lines if line.op == "open"][-EPOCHS:], *standing.values()])
         epoch = Line(self.revision, self.clock(), self.last_update, "journal", secrets.token_hex(6), "open")
         self._note(epoch)
         try:
@@ -2066,21 +2137,20 @@ class Store:
 
     def _aside(self) -> list[Path]:
         """Return the files that were set aside and are neither renamed nor removed: a writer was stopped."""
-        folders = (self.directory / part / kind for part in ("", "deleted") for kind in self.kinds)
+        folders = (self.directory / part / kind for part in ("", *GRAVES.values()) for kind in self.kinds)
         return [path for folder in folders for path in folder.glob(".*.json.*") if path.suffix[1:].isdecimal()]
 
     def _clear_aside(self) -> None:
         """Remove what was set aside and never entered in the journal: it was not acknowledged."""
         history = (self.directory / "history").glob(".*.json") if self.kinds == KINDS else ()
-        for path in itertools.chain(self._aside(), history, self._orphans()):
-            path.unlink()
-
-    def _orphans(self) -> Iterator[Path]:
-        """Yield what deleted commands printed, if their writer did not live to remove it."""
-        for path in (self.directory / "output").iterdir() if "commands" in self.kinds else ():
-            identity = urllib.parse.unquote(path.stem)
-            if ("commands", identity, "delete") in self.recent and identity not in self.entries["commands"]:
-                yield path
+        for path in itertools.chain(self._aside(), history, [self._journal.aside]):
+            path.unlink(missing_ok=True)
+        for file in os.listdir(self.directory / "output") if "commands" in self.kinds else ():
+            identity = urllib.parse.unquote(file.rpartition(".")[0])  # its writer did not live to clear this away
+            if ("commands", identity, "put") not in self.recent:
+                for op in GRAVES:
+                    if ("commands", identity, op) in self.recent:
+                        clear_away(self.leftovers(identity, op))
 
     def _strangers(self, kinds: Iterable[str]) -> Iterator[Line]:
         """Read the records of *kinds* that the journal does not know, and yield a line for those newer than it.
@@ -2089,27 +2159,29 @@ class Store:
         """
         head, seen = self.revision, set()
         for kind in kinds:
-            for file in (self.directory / kind).glob("[!.]*.json"):
-                identity = urllib.parse.unquote(file.stem)
-                if is_name(file.stem) and (kind, identity, "put") in self.recent:
+            for file in os.listdir(self.directory / kind):
+                name, identity = file.removesuffix(".json"), urllib.parse.unquote(file.removesuffix(".json"))
+                if file == name or file.startswith("."):
                     continue
-                self._suspects[kind, file.stem] = 0
+                if (kind, identity, "put") in self.recent and name_of(identity) == name:
+                    continue
+                self._suspects[kind, name] = 0
                 with contextlib.suppress(FileNotFoundError, Unreadable, Malformed):
-                    entry, record = read_record(kind, file.stem, str(file))
+                    entry, record = read_record(kind, name, f"{self.directory}/{kind}/{file}")
                     if entry.revision > head and entry.revision not in seen and from_hand(kind, record, 0, 0) == record:
                         seen.add(entry.revision)
                         moment = float(min(record.get("updatedAt") or record.get("timestamp") or 0, self.clock()))
                         self.entries[kind][identity] = entry
-                        del self._suspects[kind, file.stem]
+                        del self._suspects[kind, name]
                         yield Line(entry.revision, moment, moment, kind, identity, "put", entry.crc)
 
     def _graves(self) -> Iterator[Line]:
         """Yield a line for each tombstone; for a journal that was lost."""
-        for kind in KINDS:
-            for file in (self.directory / "deleted" / kind).glob("[!.]*.json"):
+        for (op, folder), kind in itertools.product(GRAVES.items(), KINDS):
+            for file in (self.directory / folder / kind).glob("[!.]*.json"):
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     grave = msgspec.json.decode(file.read_bytes())
-                    yield Line(grave["revision"], 0, 0, kind, urllib.parse.unquote(file.stem), "delete")
+                    yield Line(grave["revision"], 0, 0, kind, urllib.parse.unquote(file.stem), op)
 
     def release(self) -> None:
         """Let go of everyone who waits for a change."""
@@ -2167,6 +2239,8 @@ ROUTES = (
     Route("PATCH", "/command/<identity:path>", "patch_command"),
     Route("DELETE", "/<kind:re:conversation|document|command>/<identity:path>", "delete"),
 )
+
+SAID_WITH = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}  # the headers of a refusal, by its status
 
 OWN_FIELDS = {"id", "revision"}  # of every record; on the wire the key says the one and the cursor the other
 SET_LATER = (
@@ -2341,14 +2415,54 @@ def gzipped(blocks: Iterable[bytes]) -> Iterator[bytes]:
     yield packer.flush()
 
 
+class Ended(msgspec.Struct):
+    """What a command says of its end."""
+
+    endedAt: float = 0
+
+
+class Told:
+    """Which commands someone has seen ended, so far as it is known: those up to a revision, and some of the others."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.revision, self.others = store, 0, set[str]()
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            said = msgspec.json.decode((store.directory / "told.json").read_bytes())
+            self.revision, self.others = min(int(said["revision"]), store.revision), set(said["commands"])
+
+    def up_to(self, revision: int) -> None:
+        self.revision = max(self.revision, revision)
+
+    def of(self, identity: str, entry: Entry) -> None:
+        if entry.content.status in ENDED and entry.revision > self.revision:
+            self.others.add(identity)
+
+    def __contains__(self, command: tuple[str, Entry]) -> bool:
+        return command[1].revision <= self.revision or command[0] in self.others
+
+    def save(self) -> None:
+        """Remember it for the next start; if it cannot be, some commands are kept for longer."""
+        known = self.store.entries["commands"]
+        self.others = {i for i in self.others.copy() if (entry := known.get(i)) and entry.revision > self.revision}
+        text = msgspec.json.encode({"revision": self.revision, "commands": sorted(self.others)}) + b"\n"
+        path = self.store.directory / "told.json"
+        if not path.exists() or path.read_bytes() != text:
+            file = File(str(path), f"{self.store.directory}/.told.json")
+            set_aside({file: [text]})
+            put_in_place([file])
+
+
 class Service:
     """The routes, and the one plugin through which every request passes: token, errors, request id."""
 
     name, api = "kirosync", 2  # as Bottle wants a plugin to be
 
-    def __init__(self, store: Store, token: str, host: str = "127.0.0.1", port: int = 0, threads: int = THREADS):
-        self.store, self.token, self.host, self.port = store, token, host, port
-        self.started, self.listening = time.monotonic(), store.clock()
+    def __init__(self, store: Store | None, token: str, host: str = "127.0.0.1", port: int = 0, threads: int = THREADS):
+        self.token, self.host, self.port = token, host, port
+        self.started, self.listening = time.monotonic(), 0
+        self.opened: Store | None = None
+        if store:
+            self.begin(store)
         self.name_of_run, self.requests = (
             secrets.token_hex(4),
             itertools.count(1),
@@ -2361,6 +2475,16 @@ class Service:
         self.app.install(self)
         for route in ROUTES:
             self.app.route(route.path, route.method, getattr(self, route.handler), public=route.public)
+
+    def begin(self, store: Store) -> None:
+        """Answer from *store* from now on; until then who wants it is told to come again."""
+        self.opened, self.told, self.listening = store, Told(store), store.clock()
+
+    @property
+    def store(self) -> Store:
+        if self.opened is None:
+            raise Busy("the state directory is still being read; try again in a moment")
+        return self.opened
 
     def apply(self, handler: Callable[..., Any], route: Any) -> Callable[..., Any]:
         return lambda **arguments: self.answer(lambda: handler(**arguments), route.config.get("public", False))
@@ -2392,8 +2516,8 @@ class Service:
             body = handler()
         except Refusal as refusal:
             response.status = refusal.status
-            if refusal.status == 401:
-                response.set_header("WWW-Authenticate", "Bearer")
+            for name, value in SAID_WITH.get(refusal.status, {}).items():
+                response.set_header(name, value)
             body = refusal.body()
         except Exception:  # a defect of ours: the caller learns where to look, the log learns what
             log.exception("request %s: %s %s failed", identity, request.method, request.path)
@@ -2516,11 +2640,17 @@ class Service:
         return {"openapi": "3.1.0", "info": about, "components": {"securitySchemes": scheme}, "paths": paths}
 
     def get_health(self) -> Record:
-        """Whether the service is up: {status, timestamp, server: {running, port, host, uptime in s}}."""
-        moment = datetime.datetime.fromtimestamp(self.store.clock() / 1000, datetime.UTC)
+        """Whether the service is up: {status, timestamp, server: {running, port, host, uptime in s}}.
+
+        The status is healthy, or while it reads its state directory unhealthy, with the "problem".
+        """
+        moment = datetime.datetime.fromtimestamp(
+            self.opened.clock() / 1000 if self.opened else time.time(), datetime.UTC
+        )
         uptime = round(time.monotonic() - self.started, 3)
         server = {"running": True, "port": self.port, "host": self.host, "uptime": uptime}
-        return {"status": "healthy", "timestamp": f"{moment:%FT%T}Z", "server": server}
+        said: Record = {"status": "healthy"} if self.opened else {"status": "unhealthy", "problem": "starting"}
+        return {**said, "timestamp": f"{moment:%FT%T}Z", "server": server}
 
     def get_sync(self) -> list[bytes]:
         """All conversations, documents and commands, with lastUpdate and a cursor.
@@ -2542,6 +2672,8 @@ class Service:
             bottle.response.set_header("ETag", tag)
             return []
         delta = self.store.known_after(since)
+        if "commands" in kinds and not statuses:
+            self.told.up_to(delta.since or delta.revision)
         bottle.response.set_header("ETag", f'W/"{delta.cursor}"')
         return show(delta, self.store.last_update, self.store.clock(), kinds, statuses)
 
@@ -2555,6 +2687,7 @@ class Service:
         push = check_push(self.body())
         status = self.store.change(lambda pen: take_push(pen, push))
         delta = self.store.delta(bottle.request.query.get("since"))
+        self.told.up_to(delta.since or delta.revision)
         for kind in KINDS:
             for identity in push.get(kind, {}) if delta.since else ():
                 if entry := self.store.get(kind, identity):
@@ -2580,7 +2713,7 @@ class Service:
         if seconds:
             self.hold_until_ended(identity, seconds)
         entry = self.store.get("commands", identity) if seconds else None
-        shown = entry.record(identity) if entry else {"status": command["status"]}
+        shown = self.tell(identity, entry).record(identity) if entry else {"status": command["status"]}
         return {"commandId": identity, **without(shown, "id")}
 
     def get_commands(self) -> Record:
@@ -2590,18 +2723,20 @@ class Service:
         if not re.fullmatch(r"\d{1,6}", limit):
             raise Malformed("limit", "must be a whole number")
         entries = sorted(self.store.delta(None).changed["commands"].items(), key=lambda item: -item[1].revision)
-        records = ((identity, entry.content.record()) for identity, entry in entries)
-        chosen = (
-            (identity, command)
-            for identity, command in records
-            if (not statuses or command["status"] in statuses) and (not kinds or command["type"] in kinds)
-        )
+        wanted = ((identity, entry) for identity, entry in entries if not statuses or entry.content.status in statuses)
+        records = ((identity, self.tell(identity, entry).content.record()) for identity, entry in wanted)
+        chosen = ((identity, command) for identity, command in records if not kinds or command["type"] in kinds)
         return {"commands": dict(itertools.islice(chosen, int(limit)))}
 
     def get_command(self, identity: str) -> bytes:
         """The command as it stands. ?wait=SECONDS answers when it has ended, or with its state by then."""
         self.hold_until_ended(identity, self.seconds())
-        return existing("commands", self.store.get("commands", identity)).newer()
+        return self.tell(identity, existing("commands", self.store.get("commands", identity))).newer()
+
+    def tell(self, identity: str, entry: Entry) -> Entry:
+        """Return *entry*, which someone is about to read."""
+        self.told.of(identity, entry)
+        return entry
 
     def patch_command(self, identity: str) -> Record:
         """Report on a command; the answer is all of it.
@@ -2754,6 +2889,30 @@ class Service:
                 due |= {command["id"]: self.due(command) for command in late}
             time.sleep(SWEEP_S)
 
+    def tend(self) -> None:
+        """Keep the journal short and the commands few, until the store is closed."""
+        while not self.store.closed:
+            try:
+                self.store.compact()
+                self.retire()
+                self.told.save()
+            except (OSError, Refusal) as error:
+                log.warning("what is old must wait: %s", error)
+            self.store.wait(LAST_REVISION, [("closed",)], TEND_S)
+
+    def retire(self) -> int:
+        """Move to archive/ what ended long ago, and someone was told of; return how many commands that were."""
+        before = self.store.clock() - KEPT_S * 1000
+        ended = (
+            (identity, entry)
+            for identity, entry in self.store.delta(None).changed["commands"].items()
+            if entry.content.status in ENDED and (identity, entry) in self.told
+        )
+        old = [identity for identity, entry in ended if msgspec.json.decode(entry.newer(), type=Ended).endedAt < before]
+        for start in range(0, len(old), RETIRED):
+            self.store.change(lambda pen, some=old[start : start + RETIRED]: archive(pen, some, before))  # type: ignore
+        return len(old)
+
     def due(self, command: Record) -> tuple[float, Record]:
         """Return when (s, monotonic) *command* will be overdue, infinity if never, and *command*."""
         moment = deadline(command, self.listening)
@@ -2796,6 +2955,14 @@ def expire(pen: Pen, late: Iterable[Record], listening: float) -> None:
         if pen.get("commands", command["id"]) == command:
             now = max(pen.now, round(deadline(command, listening) or 0) + 1)
             put_command(pen, command, overdue(command, now, listening))
+
+
+def archive(pen: Pen, identities: Iterable[str], before: float) -> None:
+    """Move those commands to archive/ that are still as they were: ended, and that *before* a moment (ms)."""
+    for identity in identities:
+        command = pen.get("commands", identity)
+        if command and command["status"] in ENDED and command.get("endedAt", 0) < before:
+            pen.delete("commands", identity, pen.now, op="archive")
 
 
 def existing(kind: str, record: T | None) -> T:
@@ -2941,6 +3108,8 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
 
 
 PR_SET_DUMPABLE = 4  # prctl(2)
+SWITCH_S = 0.0005  # a thread that computes makes way for one that answers; 0.005 is Python's own
+NOT_OPENED = "kirosync: the state directory {} cannot be opened: {}"
 
 
 def token_of(directory: Path) -> str:
@@ -2984,26 +3153,45 @@ def serve(arguments: argparse.Namespace) -> None:
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of every request that waits a moment
     with contextlib.suppress(ValueError, OSError):  # a connection takes one, and many may be held
         resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    sys.setswitchinterval(SWITCH_S)
+    state = Path(arguments.state).absolute()
     try:
-        store = Store(Path(arguments.state))
-    except (OSError, Refusal) as error:
-        sys.exit(f"kirosync: the state directory {arguments.state} cannot be opened: {error}")
-    service = Service(store, token_of(store.directory), arguments.host, arguments.port, arguments.threads)
+        token = token_of(state)
+    except OSError as error:
+        sys.exit(NOT_OPENED.format(state, error))
+    service = Service(None, token, arguments.host, arguments.port, arguments.threads)
     server = listen(service, arguments.threads)
     service.port = int(server.effective_port)
-    for work in (store.follow, service.sweep):
-        threading.Thread(target=work, daemon=True).start()
+    failed: list[Exception] = []
+    threading.Thread(target=begin, args=(service, state, failed), daemon=True).start()
 
     def stop(*_: Any) -> None:
-        store.release()
+        if service.opened:
+            service.opened.release()
         sys.exit(0)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    log.info("kirosync %s on http://%s:%s, state in %s", __version__, service.host, service.port, store.directory)
     with contextlib.suppress(SystemExit):
         server.run()
-    store.close()
+    if failed:
+        sys.exit(NOT_OPENED.format(state, failed[0]))
+    if service.opened:
+        service.opened.close()
+
+
+def begin(service: Service, state: Path, failed: list[Exception]) -> None:
+    """Open the state directory for *service*, which listens already, and do what is done beside its requests."""
+    try:
+        store = Store(state)
+    except (OSError, Refusal) as error:
+        failed.append(error)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return
+    service.begin(store)
+    for work in (store.follow, service.sweep, service.tend):
+        threading.Thread(target=work, daemon=True).start()
+    log.info("kirosync %s on http://%s:%s, state in %s", __version__, service.host, service.port, store.directory)
 
 
 def port_number(text: str) -> int:

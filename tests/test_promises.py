@@ -186,7 +186,7 @@ def test_asking_whether_there_is_anything_new_costs_one_stat(store, records):
     assert len(calls) < 300  # a look at every record would be more
 
 
-@pytest.mark.parametrize("change", ["put", "batch", "delete", "delete and put", "open"])
+@pytest.mark.parametrize("change", ["put", "batch", "delete", "archive", "delete and put", "open"])
 def test_a_crash_at_any_system_call_is_noticed_and_repaired(tmp_path, change):
     argv = [sys.executable, HERE / "crash.py", tmp_path, change]
     ran = subprocess.run(
