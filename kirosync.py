@@ -181,6 +181,7 @@ OPEN_FILES = 200  # written at once; a process may often open 1024, and connecti
 GATHER_S = 0.0002  # a busy committer waits for company: a sync costs as much for many as for one
 LOCK_POLL_S = 0.001  # filelock's own 0.05 starves whoever comes second
 WAIT_S = 55  # a held answer: proxies cut at 60
+PACE_S = 0.002  # between two who were told of the same change
 GONE_S = 2.0  # between looks whether who waits has hung up
 OUTPUT_POLL_S = 0.05  # between looks whether a command has printed more
 SETTLE_S = 1.0  # a file written by hand may be half done for so long
@@ -196,7 +197,7 @@ SLACK_LINES = 1000  # a journal is compacted when it is twice its records and th
 EPOCHS = 256  # starts of a service that cursors are remembered for
 GZIP_BYTES = 1024  # smaller answers gain nothing
 CONNECTIONS = 1000  # open at once: each takes a descriptor, few of them a thread
-THREADS = 160  # of the server; a long poll holds one, and most may be held
+THREADS = 320  # of the server; a long poll holds one, and three quarters may be held; one takes 16 KiB
 
 
 # ---------------------------------------------------------------------------------------- Rules
@@ -1641,6 +1642,7 @@ class Store:
         self.clock = clock or (lambda: time.time_ns() // 1_000_000)
         self.entries: dict[str, dict[str, Entry]] = {kind: {} for kind in self.kinds}
         self.recent: dict[tuple[str, str, str], int] = {}  # (kind, id, op): revision, oldest first
+        self.latest: dict[str, int] = {}  # the last revision of each kind
         self.epochs: list[tuple[str, int]] = []  # each start of a store, and the revision it began at
         self.revision, self.last_update = 0, 0.0
         self.shown = threading.RLock()  # guards what readers see
@@ -1695,8 +1697,8 @@ class Store:
         self.refresh()
         return self.known_after(cursor)
 
-    def known_after(self, cursor: str | None) -> Delta:
-        """Return what is known to have changed after *cursor*, as of the last look."""
+    def known_after(self, cursor: str | None, kinds: Iterable[str] = KINDS) -> Delta:
+        """Return what is known to have changed after *cursor*, as of the last look, or at least what of *kinds* has."""
         changed: dict[str, dict[str, Entry]] = {kind: {} for kind in self.kinds}
         deleted: dict[str, list[str]] = {kind: [] for kind in self.kinds}
         if cursor == self.cursor:
@@ -1706,7 +1708,8 @@ class Store:
             if since is None:
                 everything = {kind: dict(self.entries[kind]) for kind in self.kinds}
                 return Delta(cursor is not None, self.revision, self.cursor, everything, deleted, 0)
-            for (kind, identity, op), revision in reversed(self.recent.items()):
+            stirred = any(self.latest.get(kind, 0) > since for kind in kinds)
+            for (kind, identity, op), revision in reversed(self.recent.items()) if stirred else ():
                 if revision <= since:
                     break
                 if op == "put" and kind in changed and (entry := self.entries[kind].get(identity)):
@@ -1943,7 +1946,7 @@ class Store:
             return
         for op in REPLACES.get(line.op, (line.op,)):
             self.recent.pop((line.kind, line.id, op), None)
-        self.recent[line.kind, line.id, line.op] = line.revision
+        self.recent[line.kind, line.id, line.op] = self.latest[line.kind] = line.revision
 
     # Keeping it small
 
@@ -2065,7 +2068,7 @@ class Store:
         with self.shown:
             known = self.entries
             if anew:
-                self.recent, self.epochs, self.revision, self.last_update = {}, [], 0, 0.0
+                self.recent, self.latest, self.epochs, self.revision, self.last_update = {}, {}, [], 0, 0.0
                 self.entries = {kind: {} for kind in KINDS}
             lines = self._journal.read()
             for line in lines:
@@ -2468,6 +2471,7 @@ class Service:
             itertools.count(1),
         )  # make a request id, without the kernel
         self.waiters = threading.BoundedSemaphore(max(0, threads - max(2, threads // 4)))
+        self.door, self.last_left = threading.Lock(), 0.0
         self.app: Any = bottle.Bottle()
         self.app.config["json.enable"] = False  # JSON is made here
         self.app.config["catchall"] = False  # answer() catches; beyond it a failure is waitress's to report
@@ -2604,15 +2608,24 @@ class Service:
         until = time.monotonic() + seconds
         if seconds <= 0 or not self.waiters.acquire(blocking=False):
             return
-        gone = bottle.request.environ.get("waitress.client_disconnected", bool)
+        channel = bottle.request.environ.get("kirosync.channel")
         try:
-            while not self.store.closed and not gone() and (left := until - time.monotonic()) > 0:
-                revision = self.store.revision
-                if ready():
-                    return
-                self.store.wait(revision, topics, min(left, pause))
+            with channel.parked() if channel else contextlib.nullcontext():
+                while not self.store.closed and (left := until - time.monotonic()) > 0:
+                    revision = self.store.revision
+                    if ready() or (channel and channel.has_hung_up()):
+                        return
+                    self.store.wait(revision, topics, min(left, pause))
+                    if len(topics[0]) == 1 and self.store.revision != revision:
+                        self.leave_in_turn()
         finally:
             self.waiters.release()
+
+    def leave_in_turn(self) -> None:
+        """Return at once, or a while after the last one: many who wait for the same are not to crowd out who asks."""
+        with self.door:
+            time.sleep(max(0.0, self.last_left + PACE_S - time.monotonic()))
+            self.last_left = time.monotonic()
 
     # What is answered
 
@@ -2664,14 +2677,19 @@ class Service:
         query, kinds, statuses = bottle.request.query, self.listed("only", KINDS), self.listed("status", NEXT)
         since, seconds = query.get("since"), self.seconds()
         kinds = kinds or list(KINDS)
-        if since:
-            self.hold(lambda: self.store.delta(since).touches(kinds, statuses), seconds, [(kind,) for kind in kinds])
+        if since and seconds:
+
+            def ready() -> bool:
+                self.store.refresh()
+                return self.store.known_after(since, kinds).touches(kinds, statuses)
+
+            self.hold(ready, seconds, [(kind,) for kind in kinds])
         self.store.refresh()
         if (tag := f'W/"{self.store.cursor}"') in header("If-None-Match"):
             bottle.response.status = 304
             bottle.response.set_header("ETag", tag)
             return []
-        delta = self.store.known_after(since)
+        delta = self.store.known_after(since, kinds)
         if "commands" in kinds and not statuses:
             self.told.up_to(delta.since or delta.revision)
         bottle.response.set_header("ETag", f'W/"{delta.cursor}"')
@@ -3075,6 +3093,9 @@ class Task(waitress.task.WSGITask):  # type: ignore[misc]
     It leaves the connection open after an answer without a body, whose end nobody can mistake: a 304.
     """
 
+    def get_environment(self) -> Record:
+        return {**super().get_environment(), "kirosync.channel": self.channel}
+
     def build_response_header(self) -> bytes:
         self.channel.head = super().build_response_header()
         return b""
@@ -3093,6 +3114,21 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
     task_class = Task
     error_task_class = JsonErrorTask
     head = b""  # of an answer, still to be sent
+
+    @contextlib.contextmanager
+    def parked(self) -> Iterator[None]:
+        """Keep the connection out of the server's loop, which costs a look at each, while its request is held."""
+        fd = self.socket.fileno()
+        self._map.pop(fd, None)
+        try:
+            yield
+        finally:
+            self._map[fd] = self
+
+    def has_hung_up(self) -> bool:
+        poll = select.poll()
+        poll.register(self.socket, select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     def write_soon(self, data: Any) -> int:
         head, self.head = self.head, b""
@@ -3133,6 +3169,7 @@ def listen(service: Service, threads: int) -> Any:
             port=service.port,
             threads=threads,
             connection_limit=CONNECTIONS,
+            asyncore_use_poll=True,  # select fails where a descriptor is above 1023
             channel_request_lookahead=1,  # else it cannot tell that a client has hung up
             max_request_body_size=BODY_BYTES + 1,  # it refuses what is as large as this
             ident="kirosync",

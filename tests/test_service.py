@@ -1,5 +1,6 @@
 """The routes, asked in-process as a client would, and over a real socket where that matters."""
 
+import http.client
 import inspect
 import json
 import re
@@ -318,7 +319,7 @@ def test_an_id_in_a_path_is_only_ever_an_id(client, store, identity):
 
 
 def test_a_defect_is_a_500_with_a_request_id_that_is_also_in_the_log(client, store, monkeypatch, caplog):
-    monkeypatch.setattr(store, "known_after", lambda cursor: 1 / 0)
+    monkeypatch.setattr(store, "known_after", lambda *_: 1 / 0)
     answer = refused(client.get("/sync", status=500), 500)
     assert "ZeroDivisionError" not in json.dumps(answer)
     assert answer["requestId"] in caplog.text
@@ -547,3 +548,137 @@ def test_who_hangs_up_frees_its_place(server):
     started = time.monotonic()
     server.ask("GET", f"/sync?since={cursor}&wait=1.5")
     assert time.monotonic() - started > 1.4
+
+
+# What is old
+
+
+DAY = 24 * 3600 * 1000
+
+
+def ended_command(client, **more):
+    identity = client.post_json("/command", BASH | more).json["commandId"]
+    client.patch_json(f"/command/{identity}", {"status": "processing"})
+    client.patch_json(f"/command/{identity}", {"status": "completed", "result": {"stdout": "x"}})
+    return identity
+
+
+@pytest.fixture
+def service(store):
+    return kirosync.Service(store, TOKEN)
+
+
+@pytest.fixture
+def app(service):
+    app = webtest.TestApp(service.app)
+    app.authorization = ("Bearer", TOKEN)
+    return app
+
+
+def test_what_ended_long_ago_moves_to_the_archive_with_its_output(app, service, state, clock):
+    identity = ended_command(app)
+    (state / "output" / f"{identity}.out").write_text("x")
+    cursor = app.get("/sync").json["cursor"]
+    clock.now += 30 * DAY - 1
+    assert service.retire() == 0
+    clock.now += 2
+    assert service.retire() == 1
+    assert not list((state / "commands").iterdir()) + list((state / "output").iterdir())
+    assert json.loads((state / "archive" / "commands" / f"{identity}.json").read_text())["result"] == {"stdout": "x"}
+    assert (state / "archive" / "output" / f"{identity}.out").read_text() == "x"
+    assert app.get(f"/sync?since={cursor}").json["deleted"] == {"commands": [identity]}
+    assert app.get(f"/command/{identity}", status=404)
+
+
+def test_what_is_in_the_archive_does_not_come_back_from_a_stale_client(app, service, state, clock):
+    identity = ended_command(app)
+    stale = app.get("/sync").json
+    clock.now += 31 * DAY
+    service.retire()
+    assert app.post_json("/sync", stale).json["data"]["commands"] == {}
+    (state / "journal.jsonl").unlink()
+    again = kirosync.Store(state, clock=clock)
+    assert again.change(lambda pen: pen.grave("commands", identity))["status"] == "completed"
+    again.close()
+
+
+def test_what_nobody_was_told_of_or_has_not_ended_stays(app, service, state, clock):
+    unread, pending = ended_command(app), app.post_json("/command", BASH | {"expiresIn": 10**7}).json["commandId"]
+    clock.now += 31 * DAY
+    assert service.retire() == 0
+    app.get(f"/command/{pending}")
+    assert service.retire() == 0
+    app.get("/sync?only=commands&status=pending")
+    assert service.retire() == 0
+    assert {file.stem for file in (state / "commands").iterdir()} == {unread, pending}
+    app.get(f"/command/{unread}")
+    assert service.retire() == 1
+
+
+def test_who_was_told_of_what_is_remembered_over_a_restart(app, service, store, state, clock):
+    first = ended_command(app)
+    cursor = app.get("/sync").json["cursor"]
+    second, third = ended_command(app), ended_command(app)
+    app.get("/commands?limit=1&status=completed")
+    app.get(f"/sync?since={cursor}")
+    service.told.save()
+    clock.now += 31 * DAY
+    assert kirosync.Service(store, TOKEN).retire() == 2
+    assert [file.stem for file in (state / "commands").iterdir()] == [second], (first, third)
+
+
+def test_it_says_so_while_it_is_still_reading_its_state(store):
+    service = kirosync.Service(None, TOKEN)
+    client = webtest.TestApp(service.app)
+    client.authorization = ("Bearer", TOKEN)
+    answer = client.get("/sync", status=503)
+    assert answer.json["error"] == "the state directory is still being read; try again in a moment"
+    assert answer.headers["Retry-After"] == "1"
+    assert client.get("/health").json["status"] == "unhealthy"
+    service.begin(store)
+    assert client.get("/health").json["status"] == "healthy"
+    assert client.get("/sync").json["commands"] == {}
+
+
+def test_many_who_wait_for_the_same_are_told_one_after_the_other(server):
+    cursor = server.ask("GET", "/sync").json()["cursor"]
+    with ThreadPoolExecutor(40) as threads:
+        held = [threads.submit(server.ask, "GET", f"/sync?since={cursor}&wait=20") for _ in range(40)]
+        until(lambda: sum(map(is_waiting, held)) == 40)
+        time.sleep(0.5)
+        push = {"documents": {"d": {"content": "x", "timestamp": 1}}}
+        server.ask("POST", "/sync", json=push)
+        answers = [answer.result() for answer in held]
+    assert all(answer.json()["documents"] == push["documents"] for answer in answers)
+    told = sorted(answer.json()["serverTime"] for answer in answers)
+    assert told[-1] - told[0] >= 39 * kirosync.PACE_S * 1000 - 5
+
+
+def is_waiting(answer):
+    return answer.running()
+
+
+def test_a_whole_state_larger_than_a_block_is_sent_in_blocks_plain_and_compressed(server):
+    text = "words and more words " * 20_000
+    push = {"documents": {f"d{n}": {"content": f"{n}{text}", "timestamp": n} for n in range(8)}}
+    server.ask("POST", "/sync", json=push)
+    for encoding in ("gzip", "identity"):
+        answer = server.ask("GET", "/sync", headers={"Accept-Encoding": encoding})
+        assert answer.headers.get("Content-Encoding", "identity") == encoding
+        assert answer.json()["documents"] == push["documents"]
+
+
+def test_a_304_leaves_the_connection_open(server):
+    tag = server.ask("GET", "/sync").headers["ETag"]
+    address = server.url.removeprefix("http://")
+    connection = http.client.HTTPConnection(address, timeout=10)
+    headers = {"Authorization": f"Bearer {TOKEN}", "If-None-Match": tag}
+    connection.request("GET", "/sync", headers=headers)
+    connection.getresponse().read()
+    first = connection.sock
+    for asked, closes in (({}, False), ({"Connection": "close"}, True)):
+        connection.request("GET", "/sync", headers=headers | asked)
+        answer = connection.getresponse()
+        assert (answer.status, answer.read(), answer.headers["ETag"]) == (304, b"", tag)
+        assert (connection.sock is None) == closes
+        assert closes or connection.sock is first
