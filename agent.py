@@ -6,8 +6,8 @@
 """The agent of kirosync: takes commands from the queue, executes them, reports how they ended.
 
 It reaches the queue over a link: the state directory itself (--state, which needs kirosync.py and its
-dependencies beside it, and works while the service is down), or the service (--server, from any machine).
-It polls; an idle agent costs some fifty stat calls a second, or one held request.
+dependencies beside it, and works while the service is down), or the service (--server, from any machine, with
+client.py beside it). It polls; an idle agent costs some fifty stat calls a second, or one held request.
 
 Every command runs in a process of its own, below a supervisor that a fork server has forked: all that the
 command starts can be ended with it, wherever it hides, and nothing of it outlives an agent that was killed.
@@ -1409,12 +1409,10 @@ class HttpLink:
     remote = True
 
     def __init__(self, server: str, token: str, spool: Path) -> None:
-        import urllib3  # noqa: PLC0415  only this link needs it
+        import client  # noqa: PLC0415  only this link needs it
 
-        self.errors = urllib3.exceptions
-        self.headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-        self.pool = urllib3.PoolManager(maxsize=16, retries=False)
-        self.server, self.cursor = server.rstrip("/"), ""
+        self.errors = client.Unreachable, client.Refused
+        self.service, self.cursor = client.Service(server, token), ""
         self.spool = spool  # the folder of what was printed and not sent yet
         self.ahead = time.time() - time.monotonic()  # of the service's clock against ours
 
@@ -1422,34 +1420,28 @@ class HttpLink:
         shutil.rmtree(self.spool, ignore_errors=True)  # of an agent that was killed
         self.spool.mkdir(mode=0o700)
 
-    def request(self, method: str, path: str, body: bytes | None = None, held: float = 0, **headers: str) -> Any:
-        """Return the answer, whatever its status, but for what may be otherwise later: then raise Unreachable."""
-        said = {**self.headers, **{name.replace("_", "-"): value for name, value in headers.items()}}
+    @contextlib.contextmanager
+    def in_our_words(self) -> Iterator[None]:
+        unreachable, refused = self.errors
         try:
-            answer = self.pool.request(method, self.server + path, body=body, headers=said, timeout=held + 10)
-        except self.errors.HTTPError as error:
-            raise Unreachable(f"{self.server}: {error}") from None
-        if answer.status == 401:
-            raise Unreachable(f"{self.server} does not take the token; is it that service's?")
-        if answer.status == 429 or answer.status >= 500:
-            raise Unreachable(f"{self.server} answered {answer.status}: {told(answer.data).get('error')}")
-        return answer
+            yield
+        except unreachable as problem:
+            raise Unreachable(str(problem)) from None
+        except refused as refusal:
+            raise Refused(str(refusal)) from None
 
-    def ask(self, method: str, path: str, body: Record | None = None, held: float = 0, **headers: str) -> Record | None:
-        """Return the JSON that was answered, or None for a conflict or what is not there; raise Refused."""
-        answer = self.request(method, path, None if body is None else json.dumps(body).encode(), held, **headers)
-        if answer.status in (404, 409):
-            return None
-        if answer.status != 200:
-            raise Refused(str(told(answer.data).get("error")))
-        return told(answer.data)
+    def request(self, method: str, path: str, body: bytes | None = None, **headers: str) -> Any:
+        with self.in_our_words():
+            return self.service.request(method, path, body, 0, **headers)
+
+    def ask(self, method: str, path: str, body: Record | None = None, **headers: str) -> Record | None:
+        with self.in_our_words():
+            return self.service.ask(method, path, body, 0, **headers)
 
     def changes(self, seconds: float) -> dict[str, Record]:
-        since = f"&since={self.cursor}&wait={seconds:.3f}" if self.cursor else ""
-        asked = time.monotonic()
-        said = self.ask("GET", f"/sync?only=commands&status=pending,processing{since}", held=seconds)
-        if said is None or "cursor" not in said:
-            raise Unreachable(f"{self.server} is no kirosync")
+        asked, query = time.monotonic(), {"only": "commands", "status": "pending,processing", "since": self.cursor}
+        with self.in_our_words():
+            said = self.service.sync(query, wait=seconds if self.cursor else 0)
         if not said["commands"] and self.cursor and time.monotonic() - asked < min(seconds, PAUSE_S):
             time.sleep(PAUSE_S)  # the service has too many who wait, and did not hold us
         self.cursor, self.ahead = said["cursor"], said.get("serverTime", 0) / 1000 - time.monotonic()
@@ -1469,7 +1461,7 @@ class HttpLink:
     def post(self, order: Record, key: str) -> str:
         said = self.ask("POST", "/command", order, Idempotency_Key=key)
         if not said or "commandId" not in said:
-            raise Unreachable(f"{self.server} does not take commands")
+            raise Unreachable(f"{self.service.url} does not take commands")
         return str(said["commandId"])
 
     def cancel(self, identity: str) -> None:
@@ -1500,15 +1492,6 @@ class HttpLink:
 
 def command_at(identity: str, part: str = "") -> str:
     return f"/command/{quote(identity, safe='')}{part and '/'}{part}"
-
-
-def told(body: bytes) -> Record:
-    """Return the JSON object in *body*, or what it says else as an error."""
-    try:
-        said = json.loads(body)
-    except ValueError:
-        said = None
-    return said if isinstance(said, dict) else {"error": body[:200].decode("utf-8", "replace")}
 
 
 # ---------------------------------------------------------------------------------------- Loop
@@ -1941,7 +1924,8 @@ def link_of(arguments: argparse.Namespace) -> tuple[Link, Path]:
         return HttpLink(arguments.server, token, folder / f"{quote(arguments.name, safe='')}.output"), folder
     except ModuleNotFoundError as error:
         sys.exit(
-            f"agent: {error.name} is missing: --state needs kirosync.py and its packages beside it, --server urllib3"
+            f"agent: {error.name} is missing: --state needs kirosync.py and its packages beside it, "
+            "--server client.py and urllib3"
         )
     except Unreachable as error:
         sys.exit(f"agent: {error}")

@@ -66,6 +66,7 @@ class Refused(Exception):
 # How two versions become one, as the service does it. tests/vectors.json says it by examples.
 
 KINDS = ("conversations", "documents", "commands")
+EMPTY: Record = {kind: {} for kind in KINDS}
 
 
 def canonical(value: Any) -> bytes:
@@ -217,10 +218,13 @@ class Service:
             raise Refused(answer.status, told(answer.data))
         return told(answer.data)
 
-    def sync(self, query: Record, push: Record | None = None) -> Record:
-        """Return what GET /sync says to a *query*, or POST /sync if there is a *push*; raise Unreachable or Refused."""
-        text = urlencode({name: value for name, value in query.items() if value})
-        said = self.ask("GET" if push is None else "POST", f"/sync?{text}", push, held=float(query.get("wait", 0)))
+    def sync(self, query: dict[str, str], push: Record | None = None, wait: float = 0) -> Record:
+        """Return what GET /sync says to a *query*, after up to *wait* (s), or POST /sync if there is a *push*.
+
+        Raises Unreachable or Refused.
+        """
+        given = {name: value for name, value in query.items() if value} | ({"wait": f"{wait:.3f}"} if wait else {})
+        said = self.ask("GET" if push is None else "POST", f"/sync?{urlencode(given)}", push, held=wait)
         said = said.get("data") if said and push is not None else said
         if not said or "cursor" not in said:
             raise Unreachable(f"{self.url} is no kirosync")
@@ -256,8 +260,16 @@ class Change(NamedTuple):
         return any([*self.changed.values(), *self.deleted.values(), self.lost, self.refused])
 
 
-NOTHING = Change({}, {}, {}, [])
-EMPTY: Record = {kind: {} for kind in KINDS}
+def together(changes: list[Change]) -> Change:
+    """Return several changes, oldest first, as one."""
+
+    def ids(parts: list[dict[str, list[str]]]) -> dict[str, list[str]]:
+        return {kind: [*dict.fromkeys(key for part in parts for key in part[kind])] for kind in KINDS}
+
+    lost = functools.reduce(merge, [change.lost for change in changes], EMPTY)
+    refused = [each for change in changes for each in change.refused]
+    changed, deleted = ids([change.changed for change in changes]), ids([change.deleted for change in changes])
+    return Change(changed, deleted, {kind: lost[kind] for kind in KINDS if lost[kind]}, refused)
 
 
 class Copy:
@@ -292,6 +304,7 @@ class Copy:
             with contextlib.suppress(Unreachable):
                 refused = self._send()
                 if refused and refused[-1][0] is push:
+                    self._unheard.pop()  # it is said here
                     raise Refused(400, {"error": refused[-1][1]})
 
     def sync(self, wait: float = 0) -> Change:
@@ -302,13 +315,13 @@ class Copy:
         with self._lock:
             self._send()
             cursor = self.cursor
-            if self._unheard:
-                return self._unheard.pop(0)
-        said = self.service.sync({"since": cursor, "wait": f"{wait:.3f}" if cursor and wait else ""})
+            wait = wait if cursor and not self._unheard else 0
+        said = self.service.sync({"since": cursor}, wait=wait)
         with self._lock:
             if cursor == self.cursor:  # else a write has been answered meanwhile, with more
                 self._take(said, [])
-            return self._unheard.pop(0) if self._unheard else NOTHING
+            unheard, self._unheard = self._unheard, []
+            return together(unheard)
 
     def follow(self, heard: Callable[[Change], Any]) -> None:
         """Stay in step, and call *heard* with each change, until ``close`` is called."""

@@ -31,7 +31,7 @@ def planned(program):
     return re.findall(r"^    ([A-Z]\w+)  +\w", ast.get_docstring(ast.parse(program.read_text())), re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["kirosync.py", "agent.py"])
+@pytest.mark.parametrize("name", ["kirosync.py", "agent.py", "client.py"])
 def test_sections_stand_in_the_order_that_the_docstring_gives(name):
     program = ROOT / name
     assert BANNER.findall(program.read_text()) == planned(program)
@@ -74,7 +74,7 @@ def test_only_one_section_knows_http_and_only_one_the_environment(owner, names):
 
 
 def test_nothing_is_called_by_a_name_that_says_nothing():
-    for path in [ROOT / "kirosync.py", ROOT / "agent.py", *(ROOT / "tests").glob("*.py")]:
+    for path in [ROOT / "kirosync.py", ROOT / "agent.py", ROOT / "client.py", *(ROOT / "tests").glob("*.py")]:
         defined = (ast.FunctionDef, ast.ClassDef)
         names = [node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, defined)]
         assert not [
@@ -83,7 +83,7 @@ def test_nothing_is_called_by_a_name_that_says_nothing():
 
 
 def test_no_function_is_long():
-    for name in ("kirosync.py", "agent.py"):
+    for name in ("kirosync.py", "agent.py", "client.py"):
         for node in ast.walk(ast.parse((ROOT / name).read_text())):
             if isinstance(node, ast.FunctionDef):
                 docstring = len((ast.get_docstring(node) or "").splitlines())
@@ -98,7 +98,7 @@ def test_the_service_runs_from_a_folder_where_it_is_alone(tmp_path):
     assert all(option in ran.stdout for option in ("--host", "--port", "--state", "--threads"))
 
 
-@pytest.mark.parametrize("name", ["kirosync.py", "agent.py"])
+@pytest.mark.parametrize("name", ["kirosync.py", "agent.py", "client.py"])
 def test_the_metadata_at_the_top_names_what_requirements_txt_does(name):
     block = re.search(r"^# /// script\n((?:# .*\n)+?)# ///$", (ROOT / name).read_text(), re.MULTILINE)[1]
     metadata = tomllib.loads(re.sub("^# ", "", block, flags=re.MULTILINE))
