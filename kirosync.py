@@ -46,6 +46,7 @@ import contextlib
 import ctypes
 import datetime
 import errno
+import gc
 import hashlib
 import hmac
 import html
@@ -190,7 +191,7 @@ IN_VAIN_S = 0.0005  # longer, each time that it was our own work which the kerne
 LONGEST_IN_VAIN_S = 0.005
 JOURNAL_POLL_S = 0.02  # between looks at the journal, where the kernel does not tell
 KEPT_S = 30 * 24 * 3600  # an ended command stays so long among the others
-RETIRED = 20  # of those too old, at once: others want to write as well
+RETIRED = 10  # of those too old, at once, and then a pause as long as that took: others want to write as well
 TEND_S = 60.0  # between looks for what has become too long or too old
 SWEEP_S = 1.0  # between looks for commands that are overdue
 SLACK_LINES = 1000  # a journal is compacted when it is twice its records and this long
@@ -1499,19 +1500,20 @@ def open_aside(file: File) -> int:
 
 def put_in_place(files: Iterable[File]) -> None:
     """Rename *files* and sync their folders. As long as one is aside, all of this can be done again."""
-    folders = set()
+    files = list(files)
+    clear_away({file.replaces: "" for file in files if file.replaces})
+    sync_folders(file.replaces for file in files if file.replaces)
     for file in files:
-        if file.replaces:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(file.replaces)
-            sync_folder(os.path.dirname(file.replaces))
         try:
             os.rename(file.aside, file.path)
         except FileNotFoundError:
             os.makedirs(os.path.dirname(file.path), mode=0o700, exist_ok=True)
             os.rename(file.aside, file.path)
-        folders.add(os.path.dirname(file.path))
-    for folder in folders:
+    sync_folders(file.path for file in files)
+
+
+def sync_folders(paths: Iterable[str]) -> None:
+    for folder in {os.path.dirname(path) for path in paths}:
         sync_folder(folder)
 
 
@@ -1531,11 +1533,11 @@ class Journal:
     FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 
     def __init__(self, path: Path) -> None:
-        self.path, self.aside = path, path.with_name(f".{path.name}")
+        self.path, self.aside = path, path.with_name(f".{path.name}.{os.getpid()}")
         self.name = os.fspath(path)  # a stat by Path takes twice as long, and this one is made all the time
         self.fd = os.open(path, self.FLAGS, 0o600)
         self.known = (0, 0)  # the inode, and the size up to which it has been read
-        self.lines = 0  # up to there
+        self.lines = 0  # up to there, beside those that were compacted
 
     def place(self) -> tuple[int, int]:
         """Return the inode and the size of the file that has the journal's name; zeros if there is none."""
@@ -1583,31 +1585,34 @@ class Journal:
         self.lines += len(lines)
         self.mark()
 
-    def summary(self, size: int) -> bytes:
-        """Return what still matters of its first *size* bytes: the last line of each record and op, and the starts."""
-        last: dict[tuple[str, str, str], tuple[int, bytes]] = {}
-        starts: list[tuple[int, bytes]] = []
+    def summarize(self, size: int) -> None:
+        """Set aside what still matters of its first *size* bytes: the last line of each record and op, and starts."""
+        last: dict[tuple[str, str, str], bytes] = {}  # in the order of revisions, as the journal is
+        starts: list[bytes] = []
         with open(self.path, "rb") as file:
             while file.tell() < size and (text := file.readline()):
                 with contextlib.suppress(ValueError):
                     line = msgspec.json.decode(text, type=Line)
                     if line.op == "open":
-                        starts.append((line.revision, text))
+                        starts.append(text)
                         continue
                     for op in REPLACES.get(line.op, (line.op,)):
                         last.pop((line.kind, line.id, op), None)
-                    last[line.kind, line.id, line.op] = line.revision, text
-        return b"".join(text for _, text in sorted([*starts[-EPOCHS:], *last.values()]))
+                    last[line.kind, line.id, line.op] = text
+        set_aside({File(self.name, str(self.aside)): [*starts[-EPOCHS:], *last.values()]})
 
-    def replace(self, summary: bytes, size: int) -> None:
-        """Replace its first *size* bytes by *summary*; the rest is what came meanwhile."""
-        rest = os.pread(self.fd, self.known[1] - size, size)
-        file = File(self.name, str(self.aside))
-        set_aside({file: [summary, rest]})
-        put_in_place([file])
+    def replace(self, size: int) -> None:
+        """Put what was set aside in the place of the first *size* bytes; what came since goes behind it."""
+        fd = os.open(self.aside, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        try:
+            write_all(fd, os.pread(self.fd, self.known[1] - size, size))
+            os.fsync(fd)
+            put_in_place([File(self.name, str(self.aside))])
+        except BaseException:
+            os.close(fd)
+            raise
         os.close(self.fd)
-        self.fd = os.open(self.path, self.FLAGS)
-        self.lines = summary.count(b"\n") + rest.count(b"\n")
+        self.fd, self.lines = fd, 0
         self.mark()
 
     def mark(self) -> None:
@@ -1958,12 +1963,13 @@ class Store:
         if self._journal.lines <= 2 * len(self.recent) + SLACK_LINES:
             return False
         inode, size = self._journal.known
-        summary = self._journal.summary(size)
+        self._journal.summarize(size)
 
         def replace(pen: Pen) -> bool:
-            if self._journal.known[0] != inode:
-                return False  # someone else has
-            self._journal.replace(summary, size)
+            if self._journal.known[0] != inode:  # someone else has
+                self._journal.aside.unlink()
+                return False
+            self._journal.replace(size)
             return True
 
         return self.change(replace)
@@ -2146,8 +2152,8 @@ class Store:
     def _clear_aside(self) -> None:
         """Remove what was set aside and never entered in the journal: it was not acknowledged."""
         history = (self.directory / "history").glob(".*.json") if self.kinds == KINDS else ()
-        for path in itertools.chain(self._aside(), history, [self._journal.aside]):
-            path.unlink(missing_ok=True)
+        for path in itertools.chain(self._aside(), history, self.directory.glob(".journal.jsonl.*")):
+            path.unlink()
         for file in os.listdir(self.directory / "output") if "commands" in self.kinds else ():
             identity = urllib.parse.unquote(file.rpartition(".")[0])  # its writer did not live to clear this away
             if ("commands", identity, "put") not in self.recent:
@@ -2928,7 +2934,11 @@ class Service:
         )
         old = [identity for identity, entry in ended if msgspec.json.decode(entry.newer(), type=Ended).endedAt < before]
         for start in range(0, len(old), RETIRED):
+            began = time.monotonic()
             self.store.change(lambda pen, some=old[start : start + RETIRED]: archive(pen, some, before))  # type: ignore
+            self.store.wait(LAST_REVISION, [("closed",)], time.monotonic() - began)
+            if self.store.closed:
+                break
         return len(old)
 
     def due(self, command: Record) -> tuple[float, Record]:
@@ -3219,12 +3229,15 @@ def serve(arguments: argparse.Namespace) -> None:
 
 def begin(service: Service, state: Path, failed: list[Exception]) -> None:
     """Open the state directory for *service*, which listens already, and do what is done beside its requests."""
+    gc.disable()
     try:
         store = Store(state)
     except (OSError, Refusal) as error:
         failed.append(error)
         os.kill(os.getpid(), signal.SIGTERM)
         return
+    gc.freeze()  # what was read stays: to look at all of it again and again would hold up every request
+    gc.enable()
     service.begin(store)
     for work in (store.follow, service.sweep, service.tend):
         threading.Thread(target=work, daemon=True).start()
