@@ -11,10 +11,12 @@ The directory is the database. Each conversation, document and command is one JS
     state/documents/NAME.json       {"id", "revision", "path", "content", "timestamp", ...}
     state/commands/NAME.json        {"id", "revision", "type", "status", ...}
     state/deleted/KIND/NAME.json    tombstones: the last version, and what may not come back
+    state/archive/                  commands that ended long ago, with their output
     state/output/NAME.out .err .in  what a command prints, as it does, and what was sent to its stdin
     state/history/KIND/NAME/        what a merge replaced
     state/agents/NAME.lock          held by the running agent of that name
     state/quarantine/               files that could not be read, each with its reason
+    state/told.json                 of which ended commands someone has been told
     state/journal.jsonl             a line a change: revision, at, lastUpdate, kind, id, op, crc
     state/.lock                     held by whoever is changing something
 
@@ -24,7 +26,8 @@ A change is written aside and synced, entered in the journal and synced, then re
 The journal is the point of no return: before it nothing has happened (history and quarantine apart,
 where one file too many does no harm), after it whoever next takes the lock completes the renames.
 So a reader never sees half a record, what was acknowledged is durable, and every change has a
-number, the revision, that grows by one over the whole directory.
+number, the revision, that grows by one over the whole directory. What a change costs is what it changes: a file
+is written whole, but of a conversation only the new messages are encoded, the rest is copied from the file before.
 
 The sections, each of which uses only what stands above it, and the one rule of each:
 
