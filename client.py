@@ -32,7 +32,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
@@ -161,14 +161,49 @@ def applied(state: Record, said: Record) -> Record:
     return {**merge(kept, {"conversations": said.get("conversations", {})}), **fresh}
 
 
+Types = tuple[type, ...]
+TEXT: Types = (str,)
+NUMBER: Types = (int, float)
+MESSAGE = {"role": TEXT, "content": TEXT, "timestamp": NUMBER}
+DOCUMENT = {"content": TEXT, "timestamp": NUMBER}
+
+
+def flaws(push: Record) -> Iterator[str]:
+    """Yield what of *push* the rules could not merge.
+
+    >>> [*flaws({"documents": {"d": {"content": "x"}}})]
+    ['documents.d.timestamp: must be a number']
+    """
+    talks, documents, commands = (push.get(kind, {}) for kind in KINDS)
+    if not all(isinstance(records, dict) for records in (talks, documents, commands)):
+        yield "a push is {kind: {id: record}}"
+        return
+    for identity, messages in talks.items():
+        if not isinstance(messages, list):
+            yield f"conversations.{identity}: must be a list of messages"
+            continue
+        for place, message in enumerate(messages):
+            yield from lacks(message, MESSAGE, f"conversations.{identity}[{place}]")
+    for identity, document in documents.items():
+        yield from lacks(document, DOCUMENT, f"documents.{identity}")
+
+
+def lacks(record: Any, shape: dict[str, Types], where: str) -> Iterator[str]:
+    for field, kinds in shape.items():
+        value = record.get(field) if isinstance(record, dict) else None
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            yield f"{where}.{field}: must be a {'text' if kinds is TEXT else 'number'}"
+
+
 def missing(state: Record, before: Record) -> Record:
     """Return what *before* has of conversations and documents and *state* has not: a push that brings it back."""
     united = merge(state, {kind: before[kind] for kind in ("conversations", "documents")})
-    talks = {
-        identity: [message for message in messages if message not in state["conversations"].get(identity, [])]
-        for identity, messages in united["conversations"].items()
-    }
-    documents = {key: value for key, value in united["documents"].items() if state["documents"].get(key) != value}
+    talks = {}
+    for identity, messages in united["conversations"].items():
+        known = {canonical(message) for message in state["conversations"].get(identity, [])}
+        talks[identity] = [message for message in messages if canonical(message) not in known]
+    there = {identity: canonical(document) for identity, document in state["documents"].items()}
+    documents = {key: value for key, value in united["documents"].items() if there.get(key) != canonical(value)}
     lost = {"conversations": {key: value for key, value in talks.items() if value}, "documents": documents}
     return {kind: records for kind, records in lost.items() if records}
 
@@ -177,12 +212,15 @@ def missing(state: Record, before: Record) -> Record:
 # Requests and answers.
 
 CONNECT_S = 10  # for an answer, beyond the time that the service may hold it
+FINAL = (400, 413, 415, 422)  # what is refused so is refused for ever
 
 
 class Service:
     """A service at *url*. Any number of threads may ask at once; each connection is kept for the next request."""
 
     def __init__(self, url: str, token: str) -> None:
+        if not token.isprintable() or not token.isascii():
+            raise ValueError("the token has characters that no header can carry")  # whoever sends it would show it
         self.url = url.rstrip("/")
         self.headers = {
             "Authorization": f"Bearer {token}",
@@ -214,8 +252,10 @@ class Service:
         answer = self.request(method, path, None if body is None else json.dumps(body).encode(), held, **headers)
         if answer.status in (404, 409):
             return None
-        if answer.status != 200:
+        if answer.status in FINAL:
             raise Refused(answer.status, told(answer.data))
+        if answer.status != 200:
+            raise Unreachable(f"{self.url} answered {answer.status}; is there something between us?")
         return told(answer.data)
 
     def sync(self, query: dict[str, str], push: Record | None = None, wait: float = 0) -> Record:
@@ -297,6 +337,9 @@ class Copy:
 
         Raises Refused if the service does not accept it; then it is as if it had not been written.
         """
+        push = json.loads(json.dumps(push))  # what is done with it afterwards is not what was written
+        for flaw in flaws(push):
+            raise Refused(400, {"error": flaw})
         with self._lock:
             self.outbox.append(push)
             self.state = merge(self.state, push)
@@ -359,6 +402,7 @@ class Copy:
                 refused.append((push, str(refusal)))
                 said = {"cursor": self.cursor}
             del self.outbox[0]
+            self._save()
             self._take(said, refused[-1:] if refused and refused[-1][0] is push else [])
         return refused
 

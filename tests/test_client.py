@@ -1,8 +1,11 @@
 """The Python client: its rules by the vectors, and a copy in step with a real service, whatever befalls that."""
 
 import json
+import os
 import queue
 import shutil
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -161,16 +164,44 @@ def test_what_the_service_refuses_is_said_and_keeps_nothing_else_back(service, f
     copy = client.Copy(service)
     copy.write({"documents": {"d": document("x")}})
     before = copy.state
-    with pytest.raises(client.Refused, match=r"documents\.e\.timestamp: is required") as refusal:
+    with pytest.raises(client.Refused, match=r"documents\.e\.timestamp: must be a number") as refusal:
         copy.write({"documents": {"e": {"content": "x"}}})
     assert refusal.value.status == 400
-    assert copy.state == before
-    copy.outbox = [{"documents": {"e": {"content": "x"}}}, {"documents": {"f": document("y")}}]
+    with pytest.raises(client.Refused, match=r"documents\.e\.path: expected str, got int") as refusal:
+        copy.write({"documents": {"e": {**document("x"), "path": 1}}})
+    assert refusal.value.status == 400
+    assert (copy.state, copy.outbox) == (before, [])
+    copy.outbox = [{"documents": {"e": {"content": "x", "timestamp": "now"}}}, {"documents": {"f": document("y")}}]
     change = copy.sync()
-    assert [why for _, why in change.refused] == ["documents.e.timestamp: is required"]
+    assert [why for _, why in change.refused] == ["documents.e.timestamp: expected number, got str"]
     assert change.changed["documents"] == ["d", "f"]
     assert not copy.sync()
     assert copy.state["documents"].keys() == {"d", "f"}
+
+
+@pytest.mark.parametrize(
+    "push",
+    [
+        {"documents": []},
+        {"conversations": {"c": {}}},
+        {"conversations": {"c": ["hi"]}},
+        {"conversations": {"c": [{"role": "user", "timestamp": 1}]}},
+        {"conversations": {"c": [{"role": "user", "content": "", "timestamp": True}]}},
+        {"documents": {"d": None}},
+    ],
+)
+def test_what_could_not_be_merged_never_enters_a_copy(tmp_path, push):
+    away = client.Service("http://127.0.0.1:9", TOKEN)
+    copy = client.Copy(away, tmp_path / "copy.json")
+    with pytest.raises(client.Refused):
+        copy.write(push)
+    copy.write({"conversations": {"c": [HI]}})
+    assert client.Copy(away, tmp_path / "copy.json").state["conversations"] == {"c": [HI]}
+
+
+def test_a_token_that_no_header_can_carry_is_refused_without_being_shown():
+    with pytest.raises(ValueError, match="the token has characters that no header can carry"):
+        client.Service("http://127.0.0.1:9", "secret\nInjected: yes")
 
 
 def test_a_service_that_is_not_there_or_is_none_is_said_without_the_token(tmp_path, server):
@@ -200,5 +231,21 @@ def test_threads_that_write_and_follow_at_once_lose_nothing(service, follow):
         thread.start()
     for thread in threads:
         thread.join()
-    until(lambda: len(other.state["conversations"]["c"]) == 80)
-    until(lambda: copy.state == other.state)
+    until(lambda: len(other.state["conversations"].get("c", [])) == 80, 30)
+    until(lambda: copy.state == other.state, 30)
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs node")
+def test_the_javascript_client_passes_its_own_tests():
+    ran = subprocess.run(
+        ["node", "--test", "tests/client.test.js"],
+        cwd=FILE.parent.parent,
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout[-4000:]
+    assert "# fail 0" in ran.stdout
+    assert "# pass 0" not in ran.stdout
