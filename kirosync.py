@@ -2397,8 +2397,7 @@ def show(
         pieces.append(b'%s"%s":{' % (before, kind.encode()))
         comma, before = b"", b"},"
         for identity, entry in delta.shown(kind, statuses).items():
-            pieces.append(comma + encode(identity) + b":")
-            pieces += entry.content.newer(delta.since)
+            pieces += (comma + encode(identity) + b":", *entry.content.newer(delta.since))
             comma = b","
     tail: Record = {"lastUpdate": last_update if last_update % 1 else int(last_update), "cursor": delta.cursor}
     tail |= {"serverTime": now} | ({"full": True} if delta.full else {})
@@ -2407,14 +2406,18 @@ def show(
     return [*pieces, before, encode(tail)[1:]]
 
 
-def blocks(pieces: Sequence[bytes], size: int) -> Iterator[bytes]:
-    """Yield *pieces* joined to blocks of about so many bytes."""
-    start = total = 0
-    for stop, length in enumerate(map(len, pieces), 1):
-        total += length
-        if total >= size or stop == len(pieces):
-            yield b"".join(pieces[start:stop])
-            start, total = stop, 0
+def blocks(pieces: Sequence[bytes], ends: Sequence[int]) -> Iterator[bytes]:
+    """Yield *pieces*, which end at *ends*, joined to blocks of about BLOCK_BYTES.
+
+    >>> [*blocks([b"a", b"bc"], [1, 3])]
+    [b'abc']
+    """
+    start = sent = 0
+    while start < len(pieces):
+        stop = bisect.bisect_left(ends, sent + BLOCK_BYTES, start) + 1
+        block = b"".join(pieces[start:stop])
+        yield block
+        start, sent = stop, sent + len(block)
 
 
 ACCEPTS_GZIP = re.compile(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))")
@@ -2543,7 +2546,8 @@ class Service:
 
     def send(self, pieces: list[bytes]) -> bytes | Iterator[bytes]:
         """Return what is to be sent of a body in *pieces*: compressed if that is wanted; if it is long, in blocks."""
-        size, response = sum(map(len, pieces)), bottle.response
+        ends, response = [*itertools.accumulate(map(len, pieces))], bottle.response
+        size = ends[-1] if ends else 0
         response.set_header("Vary", "Accept-Encoding")
         compress = size >= GZIP_BYTES and ACCEPTS_GZIP.search(header("Accept-Encoding"))
         if compress:
@@ -2552,7 +2556,7 @@ class Service:
             return b"".join(gzipped(pieces) if compress else pieces)
         if not compress:
             response.set_header("Content-Length", str(size))
-        parts = blocks(pieces, BLOCK_BYTES)
+        parts = blocks(pieces, ends)
         return gzipped(parts) if compress else parts
 
     def authenticate(self) -> None:
@@ -3107,7 +3111,9 @@ class Task(waitress.task.WSGITask):  # type: ignore[misc]
     """
 
     def get_environment(self) -> Record:
-        return {**super().get_environment(), "kirosync.channel": self.channel}
+        environ: Record = super().get_environment()
+        environ["kirosync.channel"] = self.channel
+        return environ
 
     def build_response_header(self) -> bytes:
         self.channel.head = super().build_response_header()

@@ -37,6 +37,15 @@ waitress.serve(app, host="127.0.0.1", port=int(sys.argv[1]), threads=threads)
 """
 
 
+class Wrong(Exception):
+    """What was measured did not do what it is measured for."""
+
+
+def check(is_right, what):
+    if not is_right:
+        raise Wrong(what)
+
+
 def seconds(work):
     started = time.perf_counter()
     work()
@@ -59,6 +68,16 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def stop(process):
+    """End *process* and wait for that, kindly for 10 s."""
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 class Program:
     """A process that listens on loopback, ended by ``end`` or at the end of a with block."""
 
@@ -69,10 +88,14 @@ class Program:
         with open(self.log.name, "w") as said:
             argv = [sys.executable, *map(str, argv)]
             self.process = subprocess.Popen(argv, env={**os.environ, **(environment or {})}, stderr=said)
-        while not self.is_ready():
-            if self.process.poll() is not None:
-                raise SystemExit(f"{argv[1]} ended: {Path(self.log.name).read_text()[-2000:]}")
-            time.sleep(0.002)
+        try:
+            while not self.is_ready():
+                if self.process.poll() is not None:
+                    raise Wrong(f"{argv[1]} ended: {Path(self.log.name).read_text()[-2000:]}")
+                time.sleep(0.002)
+        except BaseException:
+            self.end()
+            raise
         self.started = time.perf_counter() - started
 
     def is_ready(self):
@@ -82,8 +105,7 @@ class Program:
         return False
 
     def end(self):
-        self.process.terminate()
-        self.process.wait()
+        stop(self.process)
 
     def __enter__(self):
         return self
@@ -196,7 +218,7 @@ class Crowd:
                 if key.data.receive():
                     spent.append(time.perf_counter() - asked[key.data])
                     if key.data.status() != status:
-                        raise SystemExit(f"answered {key.data.head[:300]!r} {b''.join(key.data.chunks)[:300]!r}")
+                        raise Wrong(f"answered {key.data.head[:300]!r} {b''.join(key.data.chunks)[:300]!r}")
                     go_on(key.data)
         return spent
 
