@@ -10,7 +10,8 @@
     copy.write({"conversations": {"c1": [{"role": "user", "content": "hi", "timestamp": 1710338438173}]}})
     copy.follow(lambda change: print(change.changed))
 
-A copy asks for what is new since its cursor and waits for it, so it costs what has changed. It takes up where it was
+A copy asks for what is new since its cursor and waits for it, so the service and the network are asked for what has
+changed; here it is merged with all that there is, and written to the file whole. It takes up where it was
 after the service was restarted, the connection was lost, or (if it has a file) this program was. What is written to it
 is kept until the service has acknowledged it. When the service no longer has what it had (a restored backup), the
 change says what is missing there, and ``write`` brings that back.
@@ -25,6 +26,7 @@ The sections, each of which uses only what stands above it, and the one rule of 
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import json
@@ -32,9 +34,9 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from urllib.parse import urlencode
 
 import urllib3
@@ -103,32 +105,42 @@ def document_rank(document: Record) -> tuple[Any, ...]:
     return document["timestamp"], document["content"]
 
 
-def is_version_of(message: Record, known: Record) -> bool:
-    """Return whether both, of one id or of one moment and role, are versions of one message."""
-    one, other = message["content"], known["content"]
-    return "id" in message or one.startswith(other) or other.startswith(one)
+def version_of(message: Record, group: list[tuple[str, int]]) -> int | None:
+    """Return where in a sorted *group* of (content, place), of one id or one moment and role, a version of it is.
+
+    Without an id no content in a group begins another, so the one that begins with this, or that this begins with, is
+    next to where it belongs.
+    """
+    if "id" in message:
+        return 0 if group else None
+    at = bisect.bisect_left(group, (message["content"],))
+    if at < len(group) and group[at][0].startswith(message["content"]):
+        return at
+    return at - 1 if at and message["content"].startswith(group[at - 1][0]) else None
 
 
 def merge_messages(mine: Iterable[Record], theirs: Iterable[Record]) -> list[Record]:
-    """Return the messages of both in one order: by timestamp, and then as they were first seen.
+    """Return the messages of both in one order: by timestamp, and then as they were first seen with it.
 
     >>> part, whole = ({"role": "a", "content": text, "timestamp": 1} for text in ("Hel", "Hello"))
     >>> merge_messages([part], [whole]) == merge_messages([whole], [part]) == [whole]
     True
     """
-    merged: list[Record] = []
-    groups: dict[Any, list[int]] = {}
-    for message in [*mine, *theirs]:
+    merged: dict[int, Record] = {}
+    groups: dict[Any, list[tuple[str, int]]] = {}
+    for place, message in enumerate([*mine, *theirs]):
         key = ("id", message["id"]) if "id" in message else (message["timestamp"], message["role"])
         group = groups.setdefault(key, [])
-        for place in group:
-            if is_version_of(message, merged[place]):
-                merged[place] = join(merged[place], message, message_rank)
-                break
+        at = version_of(message, group)
+        if at is None:
+            bisect.insort(group, (message["content"], place))
+            merged[place] = message
         else:
-            group.append(len(merged))
-            merged.append(message)
-    return sorted(merged, key=lambda message: message["timestamp"])
+            known = merged.pop(first := group[at][1])
+            winner = join(known, message, message_rank)
+            there = first if winner["timestamp"] == known["timestamp"] else place
+            group[at], merged[there] = (winner["content"], there), winner
+    return [merged[place] for place in sorted(merged, key=lambda place: (merged[place]["timestamp"], place))]
 
 
 def merge(state: Record, push: Record) -> Record:
@@ -266,9 +278,22 @@ class Service:
         given = {name: value for name, value in query.items() if value} | ({"wait": f"{wait:.3f}"} if wait else {})
         said = self.ask("GET" if push is None else "POST", f"/sync?{urlencode(given)}", push, held=wait)
         said = said.get("data") if said and push is not None else said
-        if not said or "cursor" not in said:
+        if not is_answer(said):
             raise Unreachable(f"{self.url} is no kirosync")
-        return said
+        return cast(Record, said)
+
+
+def is_answer(said: Any) -> bool:
+    """Return whether *said* is what GET /sync may say."""
+    if not isinstance(said, dict) or not isinstance(said.get("cursor"), str):
+        return False
+    parts = [*(said.get(kind, {}) for kind in KINDS), gone := said.get("deleted", {})]
+    numbers = isinstance(said.get("serverTime", 0), (int, float))
+    return (
+        numbers
+        and all(isinstance(part, dict) for part in parts)
+        and all(isinstance(ids, list) for ids in gone.values())
+    )
 
 
 def told(body: bytes) -> Record:
@@ -328,8 +353,12 @@ class Copy:
         self._lock = threading.RLock()  # guards all of this
         self._unheard: list[Change] = []
         if self.path and self.path.exists():
-            known = json.loads(self.path.read_bytes())
-            self.cursor, self.base, self.outbox = known["cursor"], known["base"], known["outbox"]
+            try:
+                known = json.loads(self.path.read_bytes())
+                self.cursor, self.outbox = known["cursor"], known["outbox"]
+                self.base = {kind: known["base"][kind] for kind in KINDS}
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{self.path} is no copy; remove it, and everything is asked for anew") from None
         self.state = functools.reduce(merge, self.outbox, self.base)
 
     def write(self, push: Record) -> None:
@@ -348,7 +377,7 @@ class Copy:
                 refused = self._send()
                 if refused and refused[-1][0] is push:
                     self._unheard.pop()  # it is said here
-                    raise Refused(400, {"error": refused[-1][1]})
+                    raise refused[-1][1]
 
     def sync(self, wait: float = 0) -> Change:
         """Bring the copy in step, waiting up to *wait* (s) for news; return what has changed since the last call.
@@ -361,8 +390,8 @@ class Copy:
             wait = wait if cursor and not self._unheard else 0
         said = self.service.sync({"since": cursor}, wait=wait)
         with self._lock:
-            if cursor == self.cursor:  # else a write has been answered meanwhile, with more
-                self._take(said, [])
+            if cursor == self.cursor and self._take(said):  # else a write has been answered meanwhile, with more
+                self._save()
             unheard, self._unheard = self._unheard, []
             return together(unheard)
 
@@ -391,34 +420,38 @@ class Copy:
         """End ``follow``, once the question that it has asked is answered."""
         self.closed.set()
 
-    def _send(self) -> list[tuple[Record, str]]:
+    def _send(self) -> list[tuple[Record, Refused]]:
         """Send what was written here, and return what of it was refused."""
-        refused = []
+        refusals = []
         while self.outbox:
-            push = self.outbox[0]
+            push, refused = self.outbox[0], []
             try:
                 said = self.service.sync({"since": self.cursor}, push)
             except Refused as refusal:
-                refused.append((push, str(refusal)))
+                refused = [(push, refusal)]
                 said = {"cursor": self.cursor}
-            del self.outbox[0]
+            self._take(said, refused)
             self._save()
-            self._take(said, refused[-1:] if refused and refused[-1][0] is push else [])
-        return refused
+            refusals += refused
+        return refusals
 
-    def _take(self, said: Record, refused: list[tuple[Record, str]]) -> None:
-        """Take in what the service *said*, and what it refused."""
+    def _take(self, said: Record, refused: Sequence[tuple[Record, Refused]] | None = None) -> bool:
+        """Take in what the service *said* (of the first in the outbox, if there is a list of what is *refused*).
+
+        Return whether there was anything new in it.
+        """
         before, known = self.state, bool(self.cursor)
-        self.base, self.cursor = applied(self.base, said), said["cursor"]
-        self.state = functools.reduce(merge, self.outbox, self.base)
+        base = applied(self.base, said)
+        self.outbox = self.outbox if refused is None else self.outbox[1:]
+        self.base, self.cursor, self.state = base, said["cursor"], functools.reduce(merge, self.outbox, base)
         if "serverTime" in said:
             self.ahead = said["serverTime"] / 1000 - time.time()
         changed = {kind: [*said.get(kind, {})] for kind in KINDS}
         gone = {kind: [key for key in before[kind] if key not in self.state[kind]] for kind in KINDS}
-        change = Change(changed, gone, missing(self.state, before) if known and said.get("full") else {}, refused)
-        if change:
-            self._unheard.append(change)
-            self._save()
+        lost = missing(self.state, before) if known and said.get("full") else {}
+        change = Change(changed, gone, lost, [(push, str(refusal)) for push, refusal in refused or ()])
+        self._unheard += [change] if change else []
+        return bool(change)
 
     def _save(self) -> None:
         if self.path:

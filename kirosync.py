@@ -62,6 +62,7 @@ import re
 import resource
 import secrets
 import select
+import shutil
 import signal
 import stat
 import struct
@@ -200,6 +201,7 @@ SWEEP_S = 1.0  # between looks for commands that are overdue
 SLACK_LINES = 1000  # a journal is compacted when it is twice its records and this long
 EPOCHS = 256  # starts of a service that cursors are remembered for
 GZIP_BYTES = 1024  # smaller answers gain nothing
+SPOOLED_BYTES = 1 << 40  # of an answer are set aside on disk for a slow reader, rather than that a thread waits for it
 CONNECTIONS = 1000  # open at once: each takes a descriptor, few of them a thread
 THREADS = 320  # of the server; a long poll holds one, and three quarters may be held; one takes 16 KiB
 
@@ -447,7 +449,7 @@ def merge_messages(mine: Iterable[Record], theirs: Iterable[Record]) -> tuple[li
 
     Messages with an id are the same if their id is. Those without are the same if their timestamp,
     role and content are; content that goes on where another's ends replaces it, and two contents of
-    one moment are two messages. Equal timestamps stand as they were first seen.
+    one moment are two messages. Equal timestamps stand as they were first seen with that timestamp.
 
     >>> part, whole = ({"role": "a", "content": text, "timestamp": 1} for text in ("Hel", "Hello"))
     >>> merge_messages([part], [whole])[0] == merge_messages([whole], [part])[0] == [whole]
@@ -502,7 +504,7 @@ def admit(group: list[tuple[int, Record]], place: int, message: Record) -> list[
         return []
     first, known = group[rival]
     winner, lost = join(known, message, message_rank)
-    group[rival] = first, winner
+    group[rival] = first if winner["timestamp"] == known["timestamp"] else place, winner
     return [loser for loser in lost if says_more(loser, winner)]
 
 
@@ -795,6 +797,7 @@ class Whole(NamedTuple):
 
     wire: bytes
     status: str = ""  # of a command
+    ended: float = 0  # when that was, ms
 
     def record(self) -> Record:
         return msgspec.json.decode(self.wire)  # type: ignore[no-any-return]
@@ -827,6 +830,10 @@ class Talk(NamedTuple):
     @property
     def status(self) -> str:
         return ""
+
+    @property
+    def ended(self) -> float:
+        return 0
 
     def record(self) -> Record:
         return {**self.more, "messages": self.decoded(0, len(self.messages))}
@@ -863,7 +870,8 @@ class Talk(NamedTuple):
     def near(self, new: list[Record]) -> dict[int, Record]:
         """Return the messages, by place, that any of *new* may be a version of."""
         wanted = {identity_of(message) for message in new}
-        moments = {self.dated.get(m["id"], -INTEGER - 1) if "id" in m else m["timestamp"] for m in new}
+        moments = {m["timestamp"] for m in new if "id" not in m}
+        moments |= {self.dated[m["id"]] for m in new if m.get("id") in self.dated}
         runs = ((first, self.decoded(first, last)) for first, last in map(self.moment, moments))
         known = itertools.chain.from_iterable(enumerate(messages, first) for first, messages in runs)
         return {place: message for place, message in known if identity_of(message) in wanted}
@@ -903,7 +911,7 @@ class Talk(NamedTuple):
         last = alike(known[first:][::-1], self.messages[first:][::-1])
         stop = len(self.messages) - last
         parts: list[Any] = [base.span(0, first)] if base and first else []
-        parts += [*map(text_of, self.messages[first:stop])]
+        parts += [b",".join(map(text_of, self.messages[first:stop]))] if stop > first else []
         parts += [base.span(len(known) - last, len(known))] if base and last else []
         foot = b"\n  ]\n}\n" if parts else b"]\n}\n"
         return [head[:-2] + MESSAGES_HERE, *separated(parts), foot]
@@ -927,16 +935,22 @@ class Span(NamedTuple):
 
     def blocks(self) -> Iterator[bytes]:
         """Yield the bytes, block by block; raise Busy if the file is not, or does not stay, what it was."""
-        file = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            file = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise self.moved() from None
         try:
             end, at = self.offset + self.length, self.offset
             while at < end and (block := os.pread(file, min(BLOCK_BYTES, end - at), at)):
                 at += len(block)
                 yield block
             if at < end or stamp_of(os.fstat(file)) != self.stamp:
-                raise Busy(f"{os.path.basename(self.path)} is being changed by hand; try again")
+                raise self.moved()
         finally:
             os.close(file)
+
+    def moved(self) -> Busy:
+        return Busy(f"{os.path.basename(self.path)} is being changed by hand; try again")
 
 
 class Entry(NamedTuple):
@@ -964,6 +978,13 @@ class Entry(NamedTuple):
             return b",".join(map(text_of, talk.messages[start:stop]))
         behind = sum(talk.lengths[start:]) + len(talk.lengths) - start - 1 + len(b"\n  ]\n}\n")
         return Span(self.path, self.stamp, self.stamp[2] - behind, length)
+
+
+class Head(NamedTuple):
+    """The cursor that stands for all that is known, and its revision."""
+
+    cursor: str
+    revision: int
 
 
 class Delta(NamedTuple):
@@ -1033,6 +1054,7 @@ class Standing(msgspec.Struct):
     """What a command has to say of itself to be chosen."""
 
     status: str
+    endedAt: float = 0
 
 
 DATED, STANDING = msgspec.json.Decoder(Dated), msgspec.json.Decoder(Standing)
@@ -1043,11 +1065,18 @@ def content_of(kind: str, record: Record, revision: int, known: Whole | Talk | N
     """Return what there is to know of a *record*, whose messages have changed at *revision* if they are not *known*."""
     if kind != "conversations":
         said = without(record, "id", "revision")
-        return Whole(msgspec.json.encode(said), said["status"] if kind == "commands" and "status" in said else "")
+        wire = msgspec.json.encode(said)
+        return standing(wire) if kind == "commands" and "status" in said else Whole(wire)
     messages = [msgspec.json.encode(message) for message in record["messages"]]
     when = dict(zip(known.messages, known.revisions, strict=True)) if isinstance(known, Talk) else {}
     more = without(record, "id", "revision", "revisions", "messages")
     return talk_of(more, messages, [when.get(message, revision) for message in messages])
+
+
+def standing(wire: bytes) -> Whole:
+    """Return what there is to know of a command."""
+    said = STANDING.decode(wire)
+    return Whole(wire, sys.intern(said.status), said.endedAt)
 
 
 def talk_of(more: Record, messages: list[bytes], revisions: list[int], texts: Iterable[bytes] | None = None) -> Talk:
@@ -1146,7 +1175,7 @@ def whole_in(line: Line, raw: bytes) -> Whole:
     if not wire.startswith(head):
         raise ValueError
     wire = b"{" + wire[len(head) :].removeprefix(b",")
-    return Whole(wire, sys.intern(STANDING.decode(wire).status) if line.kind == "commands" else "")
+    return standing(wire) if line.kind == "commands" else Whole(wire)
 
 
 def talk_in(line: Line, raw: bytes) -> Talk:
@@ -1292,7 +1321,7 @@ class Pen:
 
     def grave(self, kind: str, identity: str) -> Record | None:
         """Return the tombstone that *identity* has, or None."""
-        for op in GRAVES:
+        for op in sorted(GRAVES, key=lambda op: -self.store.recent.get((kind, identity, op), 0)):
             path = self.store.grave(kind, identity, op)
             if path in self.files:
                 return msgspec.json.decode(b"".join(self.files[path][1]))  # type: ignore
@@ -1372,8 +1401,9 @@ class Pen:
             merged, losers = merge_messages([], record["messages"])
             self.keep(kind, identity, losers)
             record = {**record, "messages": merged}
-            if not old or merge_messages(old["messages"], merged)[0] != merged:
-                lost = [message for message in old["messages"] if message not in merged] if old else []
+            if not old or canonical(merge_messages(old["messages"], merged)[0]) != canonical(merged):
+                kept = set(map(canonical, merged))
+                lost = [message for message in old["messages"] if canonical(message) not in kept] if old else []
                 self.entries[kind, identity] = known and known._replace(
                     content=content_of(kind, {**(old or {}), "messages": lost}, known.revision)
                 )
@@ -1523,11 +1553,21 @@ def sync_folders(paths: Iterable[str]) -> None:
 def clear_away(files: dict[str, str]) -> None:
     """Move each of *files* to its place, or remove it if that is ""; again, it does no harm."""
     for path, place in files.items():
-        with contextlib.suppress(FileNotFoundError):
-            if place:
-                os.rename(path, place)
-            else:
+        if place and os.path.exists(path):
+            os.makedirs(os.path.dirname(place), mode=0o700, exist_ok=True)
+            shutil.move(path, place)  # which may be on another disk
+        elif not place:
+            with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
+
+
+@contextlib.contextmanager
+def passed_over(what: str, *of: Any) -> Iterator[None]:
+    """Go on where something odd (a folder of that name, say) cannot be cleared away: it keeps nobody from the rest."""
+    try:
+        yield
+    except OSError as error:
+        log.warning(f"{what} is left where it is: {error.strerror}", *of)
 
 
 class Journal:
@@ -1602,7 +1642,7 @@ class Journal:
                     for op in REPLACES.get(line.op, (line.op,)):
                         last.pop((line.kind, line.id, op), None)
                     last[line.kind, line.id, line.op] = text
-        set_aside({File(self.name, str(self.aside)): [*starts[-EPOCHS:], *last.values()]})
+        set_aside({File(self.name, str(self.aside)): [b"".join([*starts[-EPOCHS:], *last.values()])]})
 
     def replace(self, size: int) -> None:
         """Put what was set aside in the place of the first *size* bytes; what came since goes behind it."""
@@ -1610,13 +1650,14 @@ class Journal:
         try:
             write_all(fd, os.pread(self.fd, self.known[1] - size, size))
             os.fsync(fd)
-            put_in_place([File(self.name, str(self.aside))])
+            os.rename(self.aside, self.path)
         except BaseException:
             os.close(fd)
             raise
         os.close(self.fd)
         self.fd, self.lines = fd, 0
         self.mark()
+        sync_folder(self.path.parent)
 
     def mark(self) -> None:
         status = os.fstat(self.fd)
@@ -1651,11 +1692,12 @@ class Store:
         self.entries: dict[str, dict[str, Entry]] = {kind: {} for kind in self.kinds}
         self.recent: dict[tuple[str, str, str], int] = {}  # (kind, id, op): revision, oldest first
         self.latest: dict[str, int] = {}  # the last revision of each kind
+        self.head = Head("", 0)  # is replaced, so that to read it takes no lock
         self.epochs: list[tuple[str, int]] = []  # each start of a store, and the revision it began at
         self.revision, self.last_update = 0, 0.0
         self.shown = threading.RLock()  # guards what readers see
         self.waiting: dict[tuple[str, ...], set[threading.Event]] = {}  # (kind,) or (kind, id): who is to be told of it
-        self.closed = False
+        self.closing = threading.Event()
         self._queue: list[Asked] = []
         self._queued = threading.Condition()  # guards the queue; told when a commit has ended
         self._committing, self._together = False, 0
@@ -1694,11 +1736,15 @@ class Store:
         files = [self.stream(identity, name) for name in STREAMS]
         return {str(file): f"{self.directory}/archive/output/{file.name}" if op == "archive" else "" for file in files}
 
+    @property
+    def closed(self) -> bool:
+        return self.closing.is_set()
+
     # Reading
 
     @property
     def cursor(self) -> str:
-        return f"{self.epochs[-1][0]}.{self.revision}"
+        return self.head.cursor
 
     def delta(self, cursor: str | None) -> Delta:
         """Return what changed after *cursor*; everything, if it is None or not known here."""
@@ -1709,8 +1755,9 @@ class Store:
         """Return what is known to have changed after *cursor*, as of the last look, or at least what of *kinds* has."""
         changed: dict[str, dict[str, Entry]] = {kind: {} for kind in self.kinds}
         deleted: dict[str, list[str]] = {kind: [] for kind in self.kinds}
-        if cursor == self.cursor:
-            return Delta(False, self.revision, cursor, changed, deleted, self.revision)
+        head = self.head
+        if cursor == head.cursor:
+            return Delta(False, head.revision, cursor, changed, deleted, head.revision)
         with self.shown:
             since = self._since(cursor)
             if since is None:
@@ -1731,6 +1778,12 @@ class Store:
         with self.shown:
             return self.entries[kind].get(identity)
 
+    def all(self, kind: str) -> dict[str, Entry]:
+        """Return the entries of *kind* by id."""
+        self.refresh()
+        with self.shown:
+            return dict(self.entries[kind])
+
     def extent(self, identity: str, stream: str) -> int:
         """Return how many bytes there are of a stream of a command."""
         try:
@@ -1745,6 +1798,20 @@ class Store:
                 return os.pread(file.fileno(), limit, offset)
         except FileNotFoundError:
             return b""
+
+    def recall(self, name: str) -> bytes:
+        """Return what was remembered by this *name*, or nothing."""
+        try:
+            return read_file(f"{self.directory}/{name}.json")[0]
+        except (FileNotFoundError, Unreadable):
+            return b""
+
+    def remember(self, name: str, text: bytes) -> None:
+        """Keep a *text* beside the records; it is no record, and to lose it must do no harm."""
+        if self.recall(name) != text + b"\n":
+            file = File(f"{self.directory}/{name}.json", f"{self.directory}/.{name}.json.{os.getpid()}")
+            set_aside({file: [text, b"\n"]})
+            put_in_place([file])
 
     def wait(self, revision: int, topics: Iterable[tuple[str, ...]], seconds: float) -> None:
         """Return when something above *revision* is about one of *topics*, the time is over, or the store is closed.
@@ -1793,8 +1860,12 @@ class Store:
         with self._queued:
             self._queue.append(asked)
             first, self._committing = not self._committing, True
-        if not first:
-            asked.bell.acquire()
+        try:
+            if not first:
+                asked.bell.acquire()
+        except BaseException:  # a signal's handler may raise; then another is to commit
+            self._withdraw(asked)
+            raise
         if not asked.answer.done():
             self._commit_queue()
         return asked.answer.result()  # type: ignore[no-any-return]
@@ -1826,14 +1897,17 @@ class Store:
 
     def _commit_queue(self) -> None:
         """Commit whatever waits, as the one thread that does."""
-        if self._together > 1:
-            time.sleep(GATHER_S)  # those just served are about to ask again
-        with self._queued:
-            waiting, self._queue = self._queue, []
+        waiting: list[Asked] = []
         try:
+            if self._together > 1:
+                time.sleep(GATHER_S)  # those just served are about to ask again
             with self._locked():
+                waiting = self._take_queue()
                 self._commit(waiting)
         except BaseException as error:  # whatever it was, nobody is to be told that all is well
+            waiting = waiting or self._take_queue()
+            if not isinstance(error, Exception):
+                error = Busy("what was being written was interrupted; try again")
             for asked in waiting:
                 if not asked.answer.done():
                     asked.answer.set_exception(refusal_of(error) if isinstance(error, OSError) else error)
@@ -1845,6 +1919,21 @@ class Store:
                 self._queued.notify_all()
             for asked in waiting:
                 asked.bell.release()
+
+    def _take_queue(self) -> list[Asked]:
+        with self._queued:
+            waiting, self._queue = self._queue, []
+            return waiting
+
+    def _withdraw(self, asked: Asked) -> None:
+        """Take back what is waited for no more; if it was its turn to commit, it is the next one's."""
+        with self._queued:
+            waiting, self._queue = self._queue, [other for other in self._queue if other is not asked]
+            if len(waiting) != len(self._queue) and not asked.bell.locked():
+                self._committing = bool(self._queue)
+                for other in self._queue[:1]:
+                    other.bell.release()
+                self._queued.notify_all()
 
     def _open_lock(self) -> int:
         return os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -1885,6 +1974,8 @@ class Store:
                 pen = trial
             except Exception as error:  # a rule is its caller's code: the error is raised there, the others go on
                 asked.answer.set_exception(error)
+                if not self._sound:
+                    raise
         if pen.lines or pen.history or pen.unwanted:
             self._write(pen)
         for key, when in looked.items():
@@ -1929,7 +2020,11 @@ class Store:
                     self.entries[kind][identity] = entry._replace(crc=crc, stamp=stamp)
             for line in pen.lines:
                 self._note(line)
+            self._mark_head()
             self._ring(pen.lines)
+
+    def _mark_head(self) -> None:
+        self.head = Head(f"{self.epochs[-1][0]}.{self.revision}", self.revision)
 
     def _ring(self, lines: Iterable[Line] | None) -> None:
         """Tell those who wait for what *lines* are about; everyone, if that is None."""
@@ -1969,10 +2064,12 @@ class Store:
         self._journal.summarize(size)
 
         def replace(pen: Pen) -> bool:
-            if self._journal.known[0] != inode:  # someone else has
-                self._journal.aside.unlink()
+            if self._journal.known[0] != inode or not self._journal.aside.exists():  # someone else has
+                self._journal.aside.unlink(missing_ok=True)
                 return False
+            self._sound = False
             self._journal.replace(size)
+            self._sound = True
             return True
 
         return self.change(replace)
@@ -2089,6 +2186,7 @@ class Store:
             self._take_in(standing, known)
             if anew:
                 self._begin(lines)
+            self._mark_head()
             self._ring(None if anew else lines)
         self._sound = True
 
@@ -2155,14 +2253,17 @@ class Store:
     def _clear_aside(self) -> None:
         """Remove what was set aside and never entered in the journal: it was not acknowledged."""
         history = (self.directory / "history").glob(".*.json") if self.kinds == KINDS else ()
-        for path in itertools.chain(self._aside(), history, self.directory.glob(".journal.jsonl.*")):
-            path.unlink()
+        others = (path for path in self.directory.glob(".*.json*.*") if not os.path.exists(f"/proc/{path.suffix[1:]}"))
+        for path in itertools.chain(self._aside(), history, others):
+            with passed_over("%s", path):
+                path.unlink(missing_ok=True)
         for file in os.listdir(self.directory / "output") if "commands" in self.kinds else ():
             identity = urllib.parse.unquote(file.rpartition(".")[0])  # its writer did not live to clear this away
             if ("commands", identity, "put") not in self.recent:
                 for op in GRAVES:
                     if ("commands", identity, op) in self.recent:
-                        clear_away(self.leftovers(identity, op))
+                        with passed_over("output of %s", identity):
+                            clear_away(self.leftovers(identity, op))
 
     def _strangers(self, kinds: Iterable[str]) -> Iterator[Line]:
         """Read the records of *kinds* that the journal does not know, and yield a line for those newer than it.
@@ -2198,15 +2299,15 @@ class Store:
     def release(self) -> None:
         """Let go of everyone who waits for a change."""
         with self.shown:
-            self.closed = True
+            self.closing.set()
             self._ring(None)
 
     def close(self) -> None:
         self.release()
         with self._queued:
             self._queued.wait_for(lambda: not self._committing)
-            self._journal.close()
             if self._lock >= 0:
+                self._journal.close()
                 os.close(self._lock)
             self._lock = -1
 
@@ -2430,19 +2531,13 @@ def gzipped(blocks: Iterable[bytes]) -> Iterator[bytes]:
     yield packer.flush()
 
 
-class Ended(msgspec.Struct):
-    """What a command says of its end."""
-
-    endedAt: float = 0
-
-
 class Told:
     """Which commands someone has seen ended, so far as it is known: those up to a revision, and some of the others."""
 
     def __init__(self, store: Store) -> None:
         self.store, self.revision, self.others = store, 0, set[str]()
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            said = msgspec.json.decode((store.directory / "told.json").read_bytes())
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # spoiled by hand: then nobody was
+            said = msgspec.json.decode(store.recall("told"))
             self.revision, self.others = min(int(said["revision"]), store.revision), set(said["commands"])
 
     def up_to(self, revision: int) -> None:
@@ -2459,12 +2554,7 @@ class Told:
         """Remember it for the next start; if it cannot be, some commands are kept for longer."""
         known = self.store.entries["commands"]
         self.others = {i for i in self.others.copy() if (entry := known.get(i)) and entry.revision > self.revision}
-        text = msgspec.json.encode({"revision": self.revision, "commands": sorted(self.others)}) + b"\n"
-        path = self.store.directory / "told.json"
-        if not path.exists() or path.read_bytes() != text:
-            file = File(str(path), f"{self.store.directory}/.told.json")
-            set_aside({file: [text]})
-            put_in_place([file])
+        self.store.remember("told", msgspec.json.encode({"revision": self.revision, "commands": sorted(self.others)}))
 
 
 class Service:
@@ -2549,7 +2639,8 @@ class Service:
         ends, response = [*itertools.accumulate(map(len, pieces))], bottle.response
         size = ends[-1] if ends else 0
         response.set_header("Vary", "Accept-Encoding")
-        compress = size >= GZIP_BYTES and ACCEPTS_GZIP.search(header("Accept-Encoding"))
+        wanted = size >= GZIP_BYTES and bottle.request.method != "HEAD"
+        compress = wanted and ACCEPTS_GZIP.search(header("Accept-Encoding"))
         if compress:
             response.set_header("Content-Encoding", "gzip")
         if size <= BLOCK_BYTES:
@@ -2612,11 +2703,17 @@ class Service:
         return names
 
     def hold(
-        self, ready: Callable[[], Any], seconds: float, topics: Sequence[tuple[str, ...]], pause: float = GONE_S
+        self,
+        ready: Callable[[], Any],
+        seconds: float,
+        topics: Sequence[tuple[str, ...]],
+        pause: float = GONE_S,
+        in_turn: bool = False,
     ) -> None:
         """Return when *ready* says so, or after *seconds*; at once if too many requests are held already.
 
-        It is asked at every change of the *topics* (see Store.wait), and after every *pause* (s).
+        It is asked at every change of the *topics* (see Store.wait), and after every *pause* (s). Those held *in_turn*
+        leave one after the other: many who wait for the same are not to crowd out who asks.
         """
         until = time.monotonic() + seconds
         if seconds <= 0 or not self.waiters.acquire(blocking=False):
@@ -2624,21 +2721,25 @@ class Service:
         channel = bottle.request.environ.get("kirosync.channel")
         try:
             with channel.parked() if channel else contextlib.nullcontext():
-                while not self.store.closed and (left := until - time.monotonic()) > 0:
-                    revision = self.store.revision
-                    if ready() or (channel and channel.has_hung_up()):
-                        return
-                    self.store.wait(revision, topics, min(left, pause))
-                    if len(topics[0]) == 1 and self.store.revision != revision:
-                        self.leave_in_turn()
+                if not ready() and self.wait_until(ready, until, topics, pause, channel) and in_turn:
+                    with self.door:
+                        time.sleep(max(0.0, self.last_left + PACE_S - time.monotonic()))
+                        self.last_left = time.monotonic()
         finally:
             self.waiters.release()
 
-    def leave_in_turn(self) -> None:
-        """Return at once, or a while after the last one: many who wait for the same are not to crowd out who asks."""
-        with self.door:
-            time.sleep(max(0.0, self.last_left + PACE_S - time.monotonic()))
-            self.last_left = time.monotonic()
+    def wait_until(
+        self, ready: Callable[[], Any], until: float, topics: Sequence[tuple[str, ...]], pause: float, channel: Any
+    ) -> bool:
+        """Return whether *ready* came to say so, before the moment *until* and the end of the *channel*."""
+        while not self.store.closed and (left := until - time.monotonic()) > 0:
+            revision = self.store.revision
+            if ready():
+                return True
+            if channel and channel.has_hung_up():
+                return False
+            self.store.wait(revision, topics, min(left, pause))
+        return False
 
     # What is answered
 
@@ -2696,14 +2797,14 @@ class Service:
                 self.store.refresh()
                 return self.store.known_after(since, kinds).touches(kinds, statuses)
 
-            self.hold(ready, seconds, [(kind,) for kind in kinds])
+            self.hold(ready, seconds, [(kind,) for kind in kinds], in_turn=not statuses)
         self.store.refresh()
         if (tag := f'W/"{self.store.cursor}"') in header("If-None-Match"):
             bottle.response.status = 304
             bottle.response.set_header("ETag", tag)
             return []
         delta = self.store.known_after(since, kinds)
-        if "commands" in kinds and not statuses:
+        if "commands" in kinds and not statuses and bottle.request.method == "GET":
             self.told.up_to(delta.since or delta.revision)
         bottle.response.set_header("ETag", f'W/"{delta.cursor}"')
         return show(delta, self.store.last_update, self.store.clock(), kinds, statuses)
@@ -2753,7 +2854,7 @@ class Service:
         kinds, limit = self.listed("type", COMMANDS), query.get("limit", "100")
         if not re.fullmatch(r"\d{1,6}", limit):
             raise Malformed("limit", "must be a whole number")
-        entries = sorted(self.store.delta(None).changed["commands"].items(), key=lambda item: -item[1].revision)
+        entries = sorted(self.store.all("commands").items(), key=lambda item: -item[1].revision)
         wanted = ((identity, entry) for identity, entry in entries if not statuses or entry.content.status in statuses)
         records = ((identity, self.tell(identity, entry).content.record()) for identity, entry in wanted)
         chosen = ((identity, command) for identity, command in records if not kinds or command["type"] in kinds)
@@ -2918,33 +3019,31 @@ class Service:
                 log.warning("commands that are overdue must wait: %s", refusal)
                 self.listening = self.store.clock()  # nor could an agent report
                 due |= {command["id"]: self.due(command) for command in late}
-            time.sleep(SWEEP_S)
+            self.store.closing.wait(SWEEP_S)
 
     def tend(self) -> None:
         """Keep the journal short and the commands few, until the store is closed."""
         while not self.store.closed:
-            try:
-                self.store.compact()
-                self.retire()
-                self.told.save()
-            except (OSError, Refusal) as error:
-                log.warning("what is old must wait: %s", error)
-            self.store.wait(LAST_REVISION, [("closed",)], TEND_S)
+            for work in (self.store.compact, self.retire, self.told.save):
+                try:
+                    work()
+                except (OSError, Refusal) as error:
+                    log.warning("what is old must wait: %s", error)
+            self.store.closing.wait(TEND_S)
 
     def retire(self) -> int:
         """Move to archive/ what ended long ago, and someone was told of; return how many commands that were."""
         before = self.store.clock() - KEPT_S * 1000
-        ended = (
-            (identity, entry)
-            for identity, entry in self.store.delta(None).changed["commands"].items()
-            if entry.content.status in ENDED and (identity, entry) in self.told
-        )
-        old = [identity for identity, entry in ended if msgspec.json.decode(entry.newer(), type=Ended).endedAt < before]
+        known = self.store.all("commands").items()
+        old = [
+            identity
+            for identity, entry in known
+            if entry.content.status in ENDED and entry.content.ended < before and (identity, entry) in self.told
+        ]
         for start in range(0, len(old), RETIRED):
             began = time.monotonic()
             self.store.change(lambda pen, some=old[start : start + RETIRED]: archive(pen, some, before))  # type: ignore
-            self.store.wait(LAST_REVISION, [("closed",)], time.monotonic() - began)
-            if self.store.closed:
+            if self.store.closing.wait(time.monotonic() - began):
                 break
         return len(old)
 
@@ -3137,17 +3236,23 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
     @contextlib.contextmanager
     def parked(self) -> Iterator[None]:
         """Keep the connection out of the server's loop, which costs a look at each, while its request is held."""
-        fd = self.socket.fileno()
-        self._map.pop(fd, None)
+        with self.outbuf_lock:  # under it the loop, which may be at this very connection, says that it closes it
+            if self.connected:
+                self._map.pop(self._fileno, None)
         try:
             yield
         finally:
-            self._map[fd] = self
+            with self.outbuf_lock:
+                if self.connected:
+                    self._map[self._fileno] = self
 
     def has_hung_up(self) -> bool:
-        poll = select.poll()
-        poll.register(self.socket, select.POLLRDHUP)
-        return bool(poll.poll(0))
+        with self.outbuf_lock:
+            if not self.connected:
+                return True
+            poll = select.poll()
+            poll.register(self.socket, select.POLLRDHUP)
+            return bool(poll.poll(0))
 
     def write_soon(self, data: Any) -> int:
         head, self.head = self.head, b""
@@ -3188,6 +3293,7 @@ def listen(service: Service, threads: int) -> Any:
             port=service.port,
             threads=threads,
             connection_limit=CONNECTIONS,
+            outbuf_high_watermark=SPOOLED_BYTES,
             asyncore_use_poll=True,  # select fails where a descriptor is above 1023
             channel_request_lookahead=1,  # else it cannot tell that a client has hung up
             max_request_body_size=BODY_BYTES + 1,  # it refuses what is as large as this
@@ -3219,7 +3325,6 @@ def serve(arguments: argparse.Namespace) -> None:
     server = listen(service, arguments.threads)
     service.port = int(server.effective_port)
     failed: list[Exception] = []
-    threading.Thread(target=begin, args=(service, state, failed), daemon=True).start()
 
     def stop(*_: Any) -> None:
         if service.opened:
@@ -3229,6 +3334,7 @@ def serve(arguments: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     with contextlib.suppress(SystemExit):
+        threading.Thread(target=begin, args=(service, state, failed), daemon=True).start()
         server.run()
     if failed:
         sys.exit(NOT_OPENED.format(state, failed[0]))
@@ -3241,8 +3347,9 @@ def begin(service: Service, state: Path, failed: list[Exception]) -> None:
     gc.disable()
     try:
         store = Store(state)
-    except (OSError, Refusal) as error:
+    except Exception as error:  # whatever it was: a service that never has its state is none
         failed.append(error)
+        log.debug("%s cannot be opened", state, exc_info=True)
         os.kill(os.getpid(), signal.SIGTERM)
         return
     gc.freeze()  # what was read stays: to look at all of it again and again would hold up every request

@@ -136,16 +136,27 @@
 
   /** Return the messages of both in one order: by timestamp, and then as they were first seen. */
   const mergeMessages = (mine, theirs) => {
-    const merged = [];
-    const groups = new Map(); // the places in merged, by identity
-    for (const message of [...mine, ...theirs]) {
+    const merged = new Map(); // by the place at which it was first seen with its timestamp
+    const groups = new Map(); // those places, by identity
+    for (const [place, message] of [...mine, ...theirs].entries()) {
       const identity = identityOf(message);
-      const group = groups.get(identity) ?? [];
-      const place = group.find((place) => isVersionOf(message, merged[place]));
-      if (place !== undefined) merged[place] = join(merged[place], message, rankOfMessages);
-      else groups.set(identity, [...group, merged.push(message) - 1]);
+      const group = groups.get(identity) ?? groups.set(identity, []).get(identity);
+      const at = group.findIndex((first) => isVersionOf(message, merged.get(first)));
+      if (at < 0) {
+        group.push(place);
+        merged.set(place, message);
+        continue;
+      }
+      const known = merged.get(group[at]);
+      const winner = join(known, message, rankOfMessages);
+      if (winner.timestamp !== known.timestamp) {
+        merged.delete(group[at]);
+        group[at] = place;
+      }
+      merged.set(group[at], winner);
     }
-    return merged.sort((one, other) => one.timestamp - other.timestamp);
+    const order = ([one, mine], [other, theirs]) => mine.timestamp - theirs.timestamp || one - other;
+    return [...merged].sort(order).map(([, message]) => message);
   };
 
   /** Return *state* with the records of *push*, by kind: messages and documents merged, commands as pushed. */

@@ -249,3 +249,53 @@ def test_the_javascript_client_passes_its_own_tests():
     assert ran.returncode == 0, ran.stdout[-4000:]
     assert "# fail 0" in ran.stdout
     assert "# pass 0" not in ran.stdout
+
+
+def test_an_answer_older_than_a_write_is_not_taken(service, monkeypatch):
+    copy = client.Copy(service)
+    copy.write({"documents": {"d": document("x")}})
+    ask = service.sync
+
+    def write_meanwhile(query, push=None, wait=0):
+        said = ask(query, push, wait)
+        if push is None and copy.state["documents"]["d"]["content"] == "x":
+            copy.write({"documents": {"d": document("y", 2), "e": document("z")}})
+        return said
+
+    monkeypatch.setattr(service, "sync", write_meanwhile)
+    assert copy.sync().changed["documents"] == ["d", "e"]
+    assert copy.sync().changed["documents"] == []
+    assert copy.state["documents"] == {"d": document("y", 2), "e": document("z")}
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", "null", '{"cursor": "", "outbox": [], "base": {}}'])
+def test_a_spoiled_file_is_named(service, tmp_path, text):
+    (tmp_path / "copy.json").write_text(text)
+    with pytest.raises(ValueError, match=r"copy\.json is no copy; remove it"):
+        client.Copy(service, tmp_path / "copy.json")
+
+
+NONSENSE = [
+    {"cursor": 5},
+    {"cursor": "a", "conversations": None},
+    {"cursor": "a", "documents": []},
+    {"cursor": "a", "serverTime": None},
+    {"cursor": "a", "deleted": {"documents": None}},
+    "cursor",
+    None,
+]
+
+
+@pytest.mark.parametrize("said", NONSENSE)
+def test_a_nonsense_answer_is_none_and_costs_no_write(service, monkeypatch, said):
+    copy = client.Copy(service)
+    monkeypatch.setattr(service, "ask", lambda method, *more, **held: {"data": said} if method == "POST" else said)
+    copy.write({"conversations": {"c": [HI]}})
+    with pytest.raises(client.Unreachable, match="is no kirosync"):
+        copy.sync()
+    assert copy.outbox == [{"conversations": {"c": [HI]}}]
+
+
+def test_many_messages_of_one_moment_are_merged_in_no_time():
+    messages = [{"role": "user", "content": f"{number:06}", "timestamp": 1} for number in range(20_000)]
+    assert len(client.merge_messages(messages, messages)) == 20_000

@@ -682,3 +682,51 @@ def test_a_304_leaves_the_connection_open(server):
         assert (answer.status, answer.read(), answer.headers["ETag"]) == (304, b"", tag)
         assert (connection.sock is None) == closes
         assert closes or connection.sock is first
+
+
+def test_a_backup_that_is_older_than_what_was_told_tells_of_its_own_commands(app, service, store, state, clock):
+    store.remember("told", b'{"revision": 999999, "commands": []}')
+    again = webtest.TestApp((service := kirosync.Service(store, TOKEN)).app)
+    again.authorization = ("Bearer", TOKEN)
+    ended_command(again)
+    clock.now += 31 * DAY
+    assert service.retire() == 0
+
+
+def test_who_hangs_up_at_once_does_no_harm(server, tmp_path):
+    cursor = server.ask("GET", "/sync").json()["cursor"]
+    host, port = server.url.removeprefix("http://").split(":")
+    request = f"GET /sync?since={cursor}&wait=50 HTTP/1.1\r\nHost: x\r\n".encode() + AUTH + b"\r\n"
+    for _ in range(60):
+        connections = [socket.create_connection((host, int(port))) for _ in range(20)]
+        for number, connection in enumerate(connections):
+            connection.sendall(request)
+            if number % 2:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset
+            connection.close()
+    assert server.ask("GET", "/sync").status_code == 200
+    assert "ERROR" not in (tmp_path / "log").read_text()
+    assert "uncaptured" not in (tmp_path / "log").read_text()
+
+
+def test_who_does_not_read_holds_no_thread(state, tmp_path, start):
+    server = start(Server, state, tmp_path / "log", "--threads", "4")
+    text = "x" * 3_000_000
+    server.ask("POST", "/sync", json={"documents": {f"d{n}": {"content": text, "timestamp": n} for n in range(10)}})
+    host, port = server.url.removeprefix("http://").split(":")
+    stalled = [socket.create_connection((host, int(port))) for _ in range(6)]
+    for connection in stalled:
+        connection.sendall(b"GET /sync HTTP/1.1\r\nHost: x\r\n" + AUTH + b"\r\n")
+    for connection in stalled:
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    assert server.ask("GET", "/health").status_code == 200
+    for connection in stalled:
+        connection.close()
+
+
+def test_a_running_service_compacts_its_journal(state, tmp_path, start):
+    store = kirosync.Store(state)
+    store._journal.enter([kirosync.Line(n, 0, 0, "lastUpdate", "", "touch") for n in range(1, 3000)])
+    store.close()
+    start(Server, state, tmp_path / "log")
+    until(lambda: len((state / "journal.jsonl").read_bytes().splitlines()) < 10)

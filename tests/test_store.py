@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 from concurrent.futures import Future
@@ -743,3 +744,189 @@ def test_a_file_that_is_changed_by_hand_while_it_is_copied_costs_a_try_and_nothi
     assert not list((state / "conversations").glob(".*"))
     push(store, conversations={"c": [YO]})
     assert [message["content"] for message in shown(store)["c"]] == ["HI BY HAND", "yo"]
+
+
+# The journal, compacted beside writers
+
+
+def lengthen(store):
+    lines = [kirosync.Line(store.revision + n, 0, 0, "lastUpdate", "", "touch") for n in range(1, 2000)]
+    with store._locked():
+        store._journal.enter(lines)
+        store._journal.known = (0, 0)
+    store.refresh()
+
+
+def reopened(store):
+    again = kirosync.Store(store.directory, clock=store.clock)
+    again.close()
+    return shown(again, kind="documents"), set(again.recent)
+
+
+def test_what_is_written_while_the_journal_is_compacted_stays_in_it(store, monkeypatch):
+    push(store, documents={"old": {"content": "x", "timestamp": 1}, "gone": {"content": "x", "timestamp": 1}})
+    lengthen(store)
+    cursor, summarize = store.cursor, kirosync.Journal.summarize
+
+    def write_meanwhile(journal, size):
+        summarize(journal, size)
+        push(store, documents={"new": {"content": "y", "timestamp": 1}})
+        store.change(lambda pen: pen.delete("documents", "gone", pen.now))
+
+    monkeypatch.setattr(kirosync.Journal, "summarize", write_meanwhile)
+    assert store.compact()
+    documents, standing = reopened(store)
+    assert documents.keys() == {"old", "new"}
+    assert ("documents", "gone", "delete") in standing
+    assert store.delta(cursor).deleted["documents"] == ["gone"]
+
+
+def test_two_that_compact_at_once_do_it_once(store, state, monkeypatch):
+    push(store, documents={"d": {"content": "x", "timestamp": 1}})
+    lengthen(store)
+    other, summarize = kirosync.Store(state, clock=store.clock), kirosync.Journal.summarize
+
+    def let_the_other_go_first(journal, size):
+        summarize(journal, size)
+        monkeypatch.setattr(kirosync.Journal, "summarize", summarize)
+        journal.aside.rename(state / "mine")  # processes have each a file of their own
+        assert other.compact()
+        (state / "mine").rename(journal.aside)
+        push(other, documents={"new": {"content": "y", "timestamp": 1}})
+
+    monkeypatch.setattr(kirosync.Journal, "summarize", let_the_other_go_first)
+    assert not store.compact()
+    other.close()
+    assert reopened(store)[0].keys() == {"d", "new"}
+    assert not list(state.glob(".journal*"))
+
+
+def test_a_compaction_that_fails_half_way_acknowledges_nothing_and_loses_nothing(store, state, monkeypatch):
+    push(store, documents={"d": {"content": "x", "timestamp": 1}})
+    lengthen(store)
+    sync_folder = kirosync.sync_folder
+
+    def fail(path):
+        monkeypatch.setattr(kirosync, "sync_folder", sync_folder)
+        raise OSError(5, "Input/output error")
+
+    store._journal.summarize(store._journal.known[1])
+    size = store._journal.known[1]
+
+    def replace(pen):
+        store._sound = False
+        monkeypatch.setattr(kirosync, "sync_folder", fail)
+        store._journal.replace(size)
+
+    waiting = [kirosync.Asked(rule, Future(), threading.Lock()) for rule in (replace, lambda pen: pen.touch(9))]
+    with store._locked(), pytest.raises(OSError, match="Input/output error"):
+        store._commit(waiting)
+    assert not waiting[1].answer.done()
+    push(store, documents={"after": {"content": "y", "timestamp": 1}})
+    assert reopened(store)[0].keys() == {"d", "after"}
+
+
+class Impatient:
+    """A lock whose second taker is interrupted as soon as it has it."""
+
+    def __init__(self, lock):
+        self.lock, self.taken = lock, 0
+
+    def acquire(self):
+        self.lock.acquire()
+        self.taken += 1
+        if self.taken == 2:
+            raise KeyboardInterrupt
+
+    def __getattr__(self, name):
+        return getattr(self.lock, name)
+
+
+def test_who_waits_no_longer_does_not_keep_the_others_waiting(store, monkeypatch):
+    entered, free, interrupted = threading.Event(), threading.Event(), threading.Event()
+
+    def be_interrupted():
+        with pytest.raises(KeyboardInterrupt):
+            store.change(lambda pen: pen.touch(5))
+        interrupted.set()
+
+    first = threading.Thread(target=store.change, args=(lambda pen: (entered.set(), free.wait(20)),))
+    second = threading.Thread(target=be_interrupted)
+    third = threading.Thread(target=push, args=(store,), kwargs={"lastUpdate": 7})
+    first.start()
+    assert entered.wait(20)
+    asked = kirosync.Asked
+    monkeypatch.setattr(kirosync, "Asked", lambda rule, answer, bell: asked(rule, answer, Impatient(bell)))
+    second.start()
+    until(lambda: len(store._queue) == 1)
+    monkeypatch.setattr(kirosync, "Asked", asked)
+    third.start()
+    until(lambda: len(store._queue) == 2)
+    free.set()
+    for thread in (first, second, third):
+        thread.join(20)
+    assert interrupted.is_set()
+    assert not any(thread.is_alive() for thread in (first, second, third))
+    assert store.last_update == 7
+
+
+def test_a_file_changed_while_nobody_was_there_is_taken_as_changed_by_hand(store, state, clock):
+    push(store, documents={"d": {"content": "x", "timestamp": 1}}, conversations={"c": [HI]})
+    cursor = store.cursor
+    store.close()
+    for file, old, new in (("documents/d.json", '"x"', '"y"'), ("conversations/c.json", '"hi"', '"ho"')):
+        (state / file).write_text((state / file).read_text().replace(old, new))
+    again = kirosync.Store(state, clock=clock)
+    again.notice(None)
+    assert shown(again, cursor, kind="documents")["d"]["content"] == "y"
+    assert shown(again, cursor)["c"] == [HI | {"content": "ho"}]
+    again.close()
+
+
+def test_of_two_tombstones_the_later_counts(store, clock):
+    command = {"type": "execute_bash", "command": "true", "status": "failed"}
+    for op, moment in (("delete", 1000), ("archive", 8000)):
+        store.change(
+            lambda pen, op=op, moment=moment: (
+                pen.put("commands", "k", command),
+                pen.delete("commands", "k", moment, op=op),
+            )
+        )
+    assert store.change(lambda pen: pen.grave("commands", "k"))["deletedBefore"] == 8000
+
+
+def test_an_archive_on_another_disk_takes_what_was_printed(store, state, clock):
+    shutil.rmtree(state / "archive")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        (state / "archive").symlink_to(elsewhere)
+        put(store, "commands", "k", type="execute_bash", status="failed")
+        (state / "output" / "k.out").write_text("printed")
+        store.change(lambda pen: pen.delete("commands", "k", pen.now, op="archive"))
+        assert (state / "archive" / "output" / "k.out").read_text() == "printed"
+        assert (state / "archive" / "commands" / "k.json").exists()
+
+
+def test_folders_where_files_are_set_aside_keep_nobody_from_opening(store, state, clock):
+    for name in (".journal.jsonl.99999999", "commands/.x.json.5", "history/.x.json"):
+        (state / name).mkdir()
+    store.close()
+    kirosync.Store(state, clock=clock).close()
+
+
+def test_true_that_becomes_1_by_hand_is_a_change_for_everyone(store, state):
+    push(store, conversations={"c": [HI | {"done": True}]})
+    cursor = store.cursor
+    copy = {"c": [HI | {"done": True}]}
+    file = state / "conversations" / "c.json"
+    file.write_text(file.read_text().replace("true", "1"))
+    store.notice(None)
+    assert json.dumps(apply(copy, store, cursor)) == json.dumps(shown(store))
+
+
+def test_a_message_that_moves_to_another_moment_comes_last_there_for_everyone(store):
+    push(store, conversations={"c": [HI | {"timestamp": 5}]})
+    copy, cursor = {"c": [HI | {"timestamp": 5}]}, store.cursor
+    push(store, conversations={"c": [YO | {"id": "y", "timestamp": 1}]})
+    push(store, conversations={"c": [YO | {"id": "y", "timestamp": 5}]})
+    assert shown(store)["c"] == [HI | {"timestamp": 5}, YO | {"id": "y", "timestamp": 5}]
+    assert apply(copy, store, cursor) == shown(store)
