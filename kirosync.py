@@ -1701,6 +1701,7 @@ class Store:
         self._queue: list[Asked] = []
         self._queued = threading.Condition()  # guards the queue; told when a commit has ended
         self._committing, self._together = False, 0
+        self._next: Asked | None = None  # whose turn it is
         self._suspects: dict[tuple[str, str], int] = {}  # (kind, name): when to look at it again, in ms
         self._sound = False  # else the directory is to be read anew
         self._make_folders()
@@ -1913,10 +1914,8 @@ class Store:
                     asked.answer.set_exception(refusal_of(error) if isinstance(error, OSError) else error)
         finally:
             with self._queued:
-                self._together, self._committing = len(waiting), bool(self._queue)
-                for asked in self._queue[:1]:
-                    asked.bell.release()  # the next to commit
-                self._queued.notify_all()
+                self._together = len(waiting)
+                self._hand_on()
             for asked in waiting:
                 asked.bell.release()
 
@@ -1928,12 +1927,18 @@ class Store:
     def _withdraw(self, asked: Asked) -> None:
         """Take back what is waited for no more; if it was its turn to commit, it is the next one's."""
         with self._queued:
-            waiting, self._queue = self._queue, [other for other in self._queue if other is not asked]
-            if len(waiting) != len(self._queue) and not asked.bell.locked():
-                self._committing = bool(self._queue)
-                for other in self._queue[:1]:
-                    other.bell.release()
-                self._queued.notify_all()
+            waits = any(other is asked for other in self._queue)
+            self._queue = [other for other in self._queue if other is not asked]
+            if waits and self._next is asked:
+                self._hand_on()
+
+    def _hand_on(self) -> None:
+        """Have the first who waits commit next."""
+        self._committing = bool(self._queue)
+        if self._queue:
+            self._next = self._queue[0]
+            self._next.bell.release()
+        self._queued.notify_all()
 
     def _open_lock(self) -> int:
         return os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

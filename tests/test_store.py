@@ -850,9 +850,9 @@ def test_who_waits_no_longer_does_not_keep_the_others_waiting(store, monkeypatch
             store.change(lambda pen: pen.touch(5))
         interrupted.set()
 
-    first = threading.Thread(target=store.change, args=(lambda pen: (entered.set(), free.wait(20)),))
-    second = threading.Thread(target=be_interrupted)
-    third = threading.Thread(target=push, args=(store,), kwargs={"lastUpdate": 7})
+    first = threading.Thread(daemon=True, target=store.change, args=(lambda pen: (entered.set(), free.wait(20)),))
+    second = threading.Thread(daemon=True, target=be_interrupted)
+    third = threading.Thread(daemon=True, target=push, args=(store,), kwargs={"lastUpdate": 7})
     first.start()
     assert entered.wait(20)
     asked = kirosync.Asked
