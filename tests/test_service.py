@@ -615,6 +615,12 @@ def test_what_nobody_was_told_of_or_has_not_ended_stays(app, service, state, clo
     assert service.retire() == 1
 
 
+def test_what_is_no_longer_as_it_was_when_it_was_found_old_is_not_archived(app, store, clock):
+    young, pending = ended_command(app), app.post_json("/command", BASH).json["commandId"]
+    store.change(lambda pen: kirosync.archive(pen, [young, pending, "absent"], clock.now - 1))
+    assert app.get("/sync").json["commands"].keys() == {young, pending}
+
+
 def test_who_was_told_of_what_is_remembered_over_a_restart(app, service, store, state, clock):
     first = ended_command(app)
     cursor = app.get("/sync").json["cursor"]

@@ -775,6 +775,8 @@ def test_what_is_written_while_the_journal_is_compacted_stays_in_it(store, monke
 
     monkeypatch.setattr(kirosync.Journal, "summarize", write_meanwhile)
     assert store.compact()
+    lines = [json.loads(line) for line in (store.directory / "journal.jsonl").read_text().splitlines()]
+    assert {("old", "put"), ("new", "put"), ("gone", "delete")} <= {(line["id"], line["op"]) for line in lines}
     documents, standing = reopened(store)
     assert documents.keys() == {"old", "new"}
     assert ("documents", "gone", "delete") in standing
