@@ -3273,6 +3273,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
 
 
 PR_SET_DUMPABLE = 4  # prctl(2)
+M_ARENA_MAX = -8  # mallopt(3)
 SWITCH_S = 0.0005  # a thread that computes makes way for one that answers; 0.005 is Python's own
 NOT_OPENED = "kirosync: the state directory {} cannot be opened: {}"
 
@@ -3315,7 +3316,12 @@ def listen(service: Service, threads: int) -> Any:
 
 def serve(arguments: argparse.Namespace) -> None:
     # Commands of the same user are not to read our memory, and the token in it.
-    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0)
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_DUMPABLE, 0)
+    if hasattr(
+        libc, "mallopt"
+    ):  # else each few threads have a heap of their own, and what one gives back no other uses
+        libc.mallopt(M_ARENA_MAX, 1)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s [%(process)d] %(levelname)s %(message)s")
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of every request that waits a moment
     with contextlib.suppress(ValueError, OSError):  # a connection takes one, and many may be held
