@@ -3314,10 +3314,10 @@ def listen(service: Service, threads: int) -> Any:
     return server
 
 
-def serve(arguments: argparse.Namespace) -> None:
-    # Commands of the same user are not to read our memory, and the token in it.
+def settle_in() -> None:
+    """Make this process what a service is to be: private, with enough descriptors, and fair to who answers."""
     libc = ctypes.CDLL(None)
-    libc.prctl(PR_SET_DUMPABLE, 0)
+    libc.prctl(PR_SET_DUMPABLE, 0)  # commands of the same user are not to read our memory, and the token in it
     if hasattr(
         libc, "mallopt"
     ):  # else each few threads have a heap of their own, and what one gives back no other uses
@@ -3327,6 +3327,10 @@ def serve(arguments: argparse.Namespace) -> None:
     with contextlib.suppress(ValueError, OSError):  # a connection takes one, and many may be held
         resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     sys.setswitchinterval(SWITCH_S)
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    settle_in()
     state = Path(arguments.state).absolute()
     try:
         token = token_of(state)
