@@ -3318,9 +3318,7 @@ def settle_in() -> None:
     """Make this process what a service is to be: private, with enough descriptors, and fair to who answers."""
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_DUMPABLE, 0)  # commands of the same user are not to read our memory, and the token in it
-    if hasattr(
-        libc, "mallopt"
-    ):  # else each few threads have a heap of their own, and what one gives back no other uses
+    if hasattr(libc, "mallopt"):  # else threads have heaps of their own, and none uses what another gives back
         libc.mallopt(M_ARENA_MAX, 1)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s [%(process)d] %(levelname)s %(message)s")
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of every request that waits a moment
