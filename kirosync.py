@@ -856,7 +856,7 @@ class Talk(NamedTuple):
             wire = msgspec.json.encode(message)
             first, last = self.moment(message["timestamp"])
             if not first <= place < last:  # it has come, or it goes to another moment
-                edits.append(Edit(at := max(first, min(place, last)), at, wire))
+                edits.append(Edit(last, last, wire))
             elif mine.pop(place) is not message and wire != self.messages[place]:
                 edits.append(Edit(place, place + 1, wire))
         edits += [Edit(place, place + 1) for place in mine]
@@ -2573,10 +2573,8 @@ class Service:
         self.opened: Store | None = None
         if store:
             self.begin(store)
-        self.name_of_run, self.requests = (
-            secrets.token_hex(4),
-            itertools.count(1),
-        )  # make a request id, without the kernel
+        self.name_of_run = secrets.token_hex(4)  # and a number make the id of a request: no system call for each
+        self.requests = itertools.count(1)
         self.waiters = threading.BoundedSemaphore(max(0, threads - max(2, threads // 4)))
         self.door, self.last_left = threading.Lock(), 0.0
         self.app: Any = bottle.Bottle()
@@ -2726,7 +2724,7 @@ class Service:
         channel = bottle.request.environ.get("kirosync.channel")
         try:
             with channel.parked() if channel else contextlib.nullcontext():
-                if not ready() and self.wait_until(ready, until, topics, pause, channel) and in_turn:
+                if self.wait_until(ready, until, topics, pause, channel) and in_turn:
                     with self.door:
                         time.sleep(max(0.0, self.last_left + PACE_S - time.monotonic()))
                         self.last_left = time.monotonic()
@@ -2736,14 +2734,16 @@ class Service:
     def wait_until(
         self, ready: Callable[[], Any], until: float, topics: Sequence[tuple[str, ...]], pause: float, channel: Any
     ) -> bool:
-        """Return whether *ready* came to say so, before the moment *until* and the end of the *channel*."""
+        """Return whether *ready* came to say so, after a wait, before the moment *until* or the *channel* ended."""
+        waited = False
         while not self.store.closed and (left := until - time.monotonic()) > 0:
             revision = self.store.revision
             if ready():
-                return True
+                return waited
             if channel and channel.has_hung_up():
                 return False
             self.store.wait(revision, topics, min(left, pause))
+            waited = True
         return False
 
     # What is answered

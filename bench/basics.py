@@ -20,26 +20,12 @@ import time
 import urllib.request
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import kirosync  # noqa: E402
-
-TOKEN = "bench"
-
-
-def seconds(work):
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+sys.path.insert(0, str(Path(__file__).parent))
+from load import ROOT, TOKEN, kirosync, ms, seconds
 
 
 def row(what, figure, reference, ratio, goal):
     print(f"{what:46} {figure:>14} {reference:>38} {ratio:>6} {goal:>10}", flush=True)
-
-
-def ms(value):
-    return f"{value * 1000:.1f} ms"
 
 
 class Running:

@@ -5,7 +5,6 @@ import json
 import os
 import selectors
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -50,12 +49,6 @@ def seconds(work):
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
-
-
-def in_turns(rounds, *works):
-    """Return the median of what each of *works* took (s); they are run in turns, *rounds* times."""
-    spent = [[seconds(work) for work in works] for _ in range(rounds)]
-    return [statistics.median(column) for column in zip(*spent, strict=True)]
 
 
 def ms(value):
