@@ -61,6 +61,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn, Protocol
 from urllib.parse import quote
 
+__version__ = "0.1.0"
+
 log = logging.getLogger("agent")
 Record = dict[str, Any]
 
@@ -89,6 +91,8 @@ DRAIN_S = 0.2  # for output to arrive after the command ended; a child left behi
 LEASE_S = 45.0  # a claim that is not renewed for so long is lost
 POLL_S = 0.02  # between looks at the folder: to wake up so often costs the better part of a percent of a CPU
 BRISK_S, BRISK_POLL_S = 2.0, 0.002  # for so long after a change there are so short pauses: one seldom comes alone
+SEEN_S = 5.0  # between signs that it is there: after 15 s without one it counts as absent
+RENEWED_S = 60.0  # between them for a service, which sees by itself who waits for news
 CARRY_S = 0.05  # between looks for output to send, and input to fetch
 HOLD_S = 25.0  # a request that waits for news
 PAUSE_S = 0.5  # before asking again a service that did not hold us
@@ -1277,6 +1281,7 @@ class Refused(Exception):
 
 class Link(Protocol):
     remote: bool  # output has to be sent
+    stays: float  # s between calls of stay
 
     def changes(self, seconds: float) -> dict[str, Record]:
         """Return the commands that are new or changed and have not ended, waiting for one up to *seconds*."""
@@ -1308,6 +1313,12 @@ class Link(Protocol):
     def open(self) -> None:
         """Begin, as the only agent of this name here."""
 
+    def stay(self, name: str, said: Record, anew: bool) -> None:
+        """Say that *name* is there; and what it says of itself, if that is *anew*, or was forgotten."""
+
+    def leave(self, name: str) -> None:
+        """Say that *name* has gone."""
+
     def now(self) -> float:
         """Return the moment (s) by the clock of the queue."""
 
@@ -1318,7 +1329,7 @@ class Link(Protocol):
 class FolderLink:
     """The queue reached through its state directory."""
 
-    remote = False
+    remote, stays = False, SEEN_S
 
     def __init__(self, directory: Path, poll: float = POLL_S) -> None:
         import kirosync  # noqa: PLC0415  only this link needs it
@@ -1336,6 +1347,14 @@ class FolderLink:
 
     def open(self) -> None:
         """Nothing: what an agent before this one has printed stays."""
+
+    def stay(self, name: str, said: Record, anew: bool) -> None:
+        if anew or not self.store.saw(name):
+            self.change(lambda pen: pen.announce(name, said))
+
+    def leave(self, name: str) -> None:
+        with contextlib.suppress(OSError):
+            self.store.forget(name)
 
     def now(self) -> float:
         return time.time()
@@ -1406,19 +1425,27 @@ class FolderLink:
 class HttpLink:
     """The queue reached through the service."""
 
-    remote = True
+    remote, stays = True, RENEWED_S
 
     def __init__(self, server: str, token: str, spool: Path) -> None:
         import client  # noqa: PLC0415  only this link needs it
 
         self.errors = client.Unreachable, client.Refused
-        self.service, self.cursor = client.Service(server, token), ""
+        self.service, self.cursor, self.name = client.Service(server, token), "", ""
         self.spool = spool  # the folder of what was printed and not sent yet
         self.ahead = time.time() - time.monotonic()  # of the service's clock against ours
 
     def open(self) -> None:
         shutil.rmtree(self.spool, ignore_errors=True)  # of an agent that was killed
         self.spool.mkdir(mode=0o700)
+
+    def stay(self, name: str, said: Record, anew: bool) -> None:
+        if anew or self.ask("PATCH", agent_at(name), {}) is None:
+            self.ask("PUT", agent_at(name), said)
+        self.name = name
+
+    def leave(self, name: str) -> None:
+        self.ask("DELETE", agent_at(name))
 
     @contextlib.contextmanager
     def in_our_words(self) -> Iterator[None]:
@@ -1440,6 +1467,7 @@ class HttpLink:
 
     def changes(self, seconds: float) -> dict[str, Record]:
         asked, query = time.monotonic(), {"only": "commands", "status": "pending,processing", "since": self.cursor}
+        query |= {"agent": self.name} if self.name else {}
         with self.in_our_words():
             said = self.service.sync(query, wait=seconds if self.cursor else 0)
         if not said["commands"] and self.cursor and time.monotonic() - asked < min(seconds, PAUSE_S):
@@ -1488,6 +1516,10 @@ class HttpLink:
 
     def close(self) -> None:
         """Nothing: a held request ends by itself."""
+
+
+def agent_at(name: str) -> str:
+    return f"/agents/{quote(name, safe='')}"
 
 
 def command_at(identity: str, part: str = "") -> str:
@@ -1639,6 +1671,7 @@ class Agent:
         self.taken: dict[str, Run] = {}
         self.asked: dict[str, Question] = {}  # by the command that waits for the answer
         self.renewed = clock()
+        self.stayed = float("-inf")  # when it last said that it is there
         self.ear, self.mouth = os.pipe()  # whoever wants it to stop says so here; a signal cannot be missed
         os.set_blocking(self.mouth, False)
         self.stopping = threading.Event()  # nothing more is claimed
@@ -1647,7 +1680,8 @@ class Agent:
 
     def turn(self, seconds: float = HOLD_S) -> None:
         """Look once for what is new, for up to *seconds*, and renew the claims that are due."""
-        due = self.renewed + LEASE_S / 3 - self.clock()
+        self.stay()
+        due = min(self.renewed + LEASE_S / 3, self.stayed + self.link.stays) - self.clock()
         news = self.link.changes(max(0.0, min(seconds, due, ASK_S if self.asked else due)))
         for command in sorted(news.values(), key=lambda command: command.get("createdAt", 0)):
             with self.guard:
@@ -1659,6 +1693,17 @@ class Agent:
             self.renewed = self.clock()
         for question in [*self.asked.values()]:
             self.ask(question)
+
+    def stay(self) -> None:
+        """Say that we are there, if it is time to. Not to be able to must keep nothing from being executed."""
+        if self.clock() < self.stayed + self.link.stays:
+            return
+        said: Record = {"kind": "agent", "types": [*(self.policy.types or EXECUTORS)], "version": __version__}
+        try:
+            self.link.stay(self.name, said, self.stayed < 0)
+        except (Unreachable, Refused) as error:
+            log.info("who is here is not known to others: %s", error)
+        self.stayed = self.clock()
 
     def consider(self, command: Record) -> None:
         """Take *command* if it is for us; see to its end if it was ours in another life."""
@@ -1878,6 +1923,8 @@ class Agent:
             run.end("stopped")
         self.pool.shutdown()
         self.clerk.shutdown()
+        with contextlib.suppress(Unreachable, Refused):
+            self.link.leave(self.name)
         if self.failed:
             sys.exit(f"agent: stopped: {self.failed}")
 

@@ -14,6 +14,7 @@ The directory is the database. Each conversation, document and command is one JS
     state/archive/                  commands that ended long ago, with their output
     state/output/NAME.out .err .in  what a command prints, as it does, and what was sent to its stdin
     state/history/KIND/NAME/        what a merge replaced
+    state/agents/NAME.json          who executes: what it said of itself; the file's time is when it was last seen
     state/agents/NAME.lock          held by the running agent of that name
     state/quarantine/               files that could not be read, each with its reason
     state/told.json                 of which ended commands someone has been told
@@ -134,6 +135,43 @@ class Conflict(Refusal):
     status = 409
 
 
+class Coded(Refusal):
+    """The base of what /api/kiro refuses in words of its own; ``recoverable`` says whether to try again helps."""
+
+    code, recoverable = "", False
+
+    def body(self) -> Record:
+        return {"code": self.code, "message": str(self), "recoverable": self.recoverable, **self.details}
+
+
+class ValidationFailed(Coded):
+    code = "VALIDATION_FAILED"
+
+
+class TimedOut(Coded):
+    status, code, recoverable = 408, "OPERATION_TIMEOUT", True
+
+
+class Unavailable(Coded):
+    status, code, recoverable = 503, "KIRO_UNAVAILABLE", True
+
+
+class Unexecuted(Refusal):
+    """An editor's command did not do what it should, or was not even begun."""
+
+    status = 422
+
+    def body(self) -> Record:
+        return {"success": False, "output": "", "error": str(self), "executionTimeMs": 0, **self.details}
+
+
+class Unfitting(Refusal):
+    """What a human answered is no answer to the question."""
+
+    def body(self) -> Record:
+        return {"success": False, "error": str(self), **self.details}
+
+
 class TooLarge(Refusal):
     status = 413
 
@@ -196,6 +234,12 @@ LONGEST_IN_VAIN_S = 0.005
 JOURNAL_POLL_S = 0.02  # between looks at the journal, where the kernel does not tell
 KEPT_S = 30 * 24 * 3600  # an ended command stays so long among the others
 RETIRED = 10  # of those too old, at once, and then a pause as long as that took: others want to write as well
+ABSENT_S = 15.0  # an agent that was not seen for so long is not there
+AGENTS = 256  # that have announced themselves; their files are read to say who is there
+ANNOUNCED_BYTES = 1 << 20  # that an agent may say of itself: an editor has some 3,000 commands
+EXECUTIONS = 3  # in editors, at once
+EXECUTE_S = 300.0  # for one, unless the settings say otherwise
+REJOIN_S = 60.0  # after its end the result of one whose caller hung up is kept for who asks the same again
 TEND_S = 60.0  # between looks for what has become too long or too old
 SWEEP_S = 1.0  # between looks for commands that are overdue
 SLACK_LINES = 1000  # a journal is compacted when it is twice its records and this long
@@ -232,13 +276,17 @@ Status = Literal["pending", "processing", "completed", "failed"]
 Outcome = Literal["ok", "exit", "error", "timeout", "cancelled", "expired", "lost", "refused"]
 Encoding = Literal["utf-8", "base64"]
 InputType = Literal["text", "choice", "file", "confirmation"]
+AgentKind = Literal["agent", "ide"]
 POSSIBLE = {"status": get_args(Status), "outcome": get_args(Outcome), "encoding": get_args(Encoding)}
-POSSIBLE |= {"inputType": get_args(InputType)}
+POSSIBLE |= {"inputType": get_args(InputType), "kind": get_args(AgentKind)}
 
 MESSAGE = shape({"role": Name, "content": str, "timestamp": Time}, {"id": str | int, "metadata": dict[str, Any]})
 MESSAGES: Any = list[MESSAGE]  # type: ignore[valid-type]
 DOCUMENT = shape({"content": str, "timestamp": Time}, {"path": str, "language": str})
 INPUT = shape({}, {"data": str, "encoding": Encoding, "offset": Count, "close": bool})
+ABOUT = {"version": str, "availableCommands": list[str], "workspaceFolders": list[str], "focusedAt": Time}
+AGENT = shape({"kind": AgentKind, "types": list[Name]}, ABOUT)
+AGENT_PATCH = shape({}, {"kind": AgentKind, "types": list[Name], **ABOUT})
 PUSH = shape({}, {**dict.fromkeys(KINDS, dict[str, Any]), "lastUpdate": Time})
 
 # What an order may say: for every type, and for each its required and its optional fields, and its result.
@@ -275,16 +323,28 @@ ORDERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"path": Text, "glob": Text, "regex": bool, "ignoreCase": bool, "context": Count, "limit": Count},
         "matches [{path, line, column, text}], truncated",
     ),
-    "kiro_command": ({"command": Text}, {}, "output; for an IDE to execute"),
+    "kiro_command": (
+        {"command": Text},
+        {"args": list[str], "workspacePath": Text},
+        "output; executed by an IDE, the one that has workspacePath open",
+    ),
     "user_input": (
         {"prompt": Text},
         {"inputType": InputType, "choices": list[str], "executionId": Name},
-        "value; for a human to answer",
+        "value; answered by a human: the text, one of the choices, the path of a file, yes or no",
     ),
 }
 COMMANDS = {kind: shape(required, {**ORDER, **optional}) for kind, (required, optional, _) in ORDERS.items()}
 
 TYPED = shape({"type": Name}, {})
+
+# What /api/kiro/execute takes, each with what is said of anything else; and what /api/kiro/input takes.
+EXECUTE: dict[str, tuple[Any, str]] = {
+    "command": (Text, "Command is required and must be a string"),
+    "args": (list[str], "Args must be an array of strings"),
+    "workspacePath": (Text, "WorkspacePath must be a string, the path of a folder"),
+}
+ANSWER = shape({"value": str | bool, "type": InputType, "executionId": Name}, {})
 
 SETTLED = {field for required, optional, _ in ORDERS.values() for field in (*required, *optional, *ORDER)}
 
@@ -576,7 +636,10 @@ def check_command(order: Record, where: str = "") -> Record:
     if order["type"] not in COMMANDS:
         known = ", ".join(COMMANDS)
         raise Malformed(f"{where}.type".lstrip("."), f"{order['type']!r} is not one of {known}")
-    return check(COMMANDS[order["type"]], order, where)  # type: ignore[no-any-return]
+    check(COMMANDS[order["type"]], order, where)
+    if order["type"] == "user_input" and order.get("inputType") == "choice" and not order.get("choices"):
+        raise Malformed(f"{where}.choices".lstrip("."), "is required, and not empty, where inputType is choice")
+    return order
 
 
 def new_command(order: Record, now: int) -> Record:
@@ -755,6 +818,114 @@ def from_hand(kind: str, found: Record, edited: int, now: int) -> Record:
     if kind == "commands":
         return {**found, "createdAt": found.get("createdAt", now), "updatedAt": found.get("updatedAt", now)}
     return found
+
+
+def iso(moment: float) -> str:
+    """Return a *moment* (ms) as /api/kiro and /health say it.
+
+    >>> iso(1737282600000)
+    '2025-01-19T10:30:00Z'
+    """
+    return f"{datetime.datetime.fromtimestamp(moment / 1000, datetime.UTC):%FT%T}Z"
+
+
+def execution_of(said: Record, seconds: float) -> Record:
+    """Return the order that a request to /api/kiro/execute stands for; raise ValidationFailed.
+
+    >>> execution_of({"command": 5}, seconds=300)
+    Traceback (most recent call last):
+        ...
+    kirosync.ValidationFailed: Command is required and must be a string
+    """
+    order: Record = {"type": "kiro_command", "timeout": seconds, "expiresIn": seconds}
+    for field, (shape, sentence) in EXECUTE.items():
+        value = said.get(field)
+        if value is None and field != "command":
+            continue
+        try:
+            order[field] = check(shape, value, field)
+        except Malformed:
+            raise ValidationFailed(sentence, field=field) from None
+    return order
+
+
+def window_for(path: str | None, windows: dict[str, Record]) -> str:
+    """Return which of the *windows* (what agents said, by name) is to execute what is meant for *path*.
+
+    That is the one with the innermost folder around it; without a path, or among equals, the one focused last.
+    Raises Unexecuted if none has the path open.
+    """
+
+    def fit(name: str) -> tuple[int, float, str]:
+        folders = windows[name].get("workspaceFolders", [])
+        around = [len(folder) for folder in folders if path and contains(folder, path)]
+        return max(around, default=0), windows[name].get("focusedAt", 0), name
+
+    best = max(windows, key=fit)
+    if path and not fit(best)[0]:
+        folders = sorted({folder for said in windows.values() for folder in said.get("workspaceFolders", [])})
+        raise Unexecuted(f"No editor window has {path} open; open are: {', '.join(folders) or 'no folders'}")
+    return best
+
+
+def contains(folder: str, path: str) -> bool:
+    """Return whether *path* is *folder* or inside it, by their names, on whatever system they are.
+
+    >>> contains("/work/app", "/work/app/src/"), contains("/work/app", "/work/apple"), contains("c:\\\\x", "C:/x/y")
+    (True, False, True)
+    """
+    outer, inner = ([*filter(None, re.split(r"[/\\]", text))] for text in (folder, path))
+    if outer and outer[0].endswith(":"):  # Windows, which knows no case
+        outer, inner = ([part.lower() for part in parts] for parts in (outer, inner))
+    return inner[: len(outer)] == outer
+
+
+def execution_result(command: Record) -> Record:
+    """Return what /api/kiro/execute answers of a *command* that has ended; raise TimedOut or Unexecuted.
+
+    >>> execution_result({"id": "c", "status": "completed", "result": {"output": "x"}, "startedAt": 1, "endedAt": 3})
+    {'success': True, 'output': 'x', 'executionTimeMs': 2, 'executionId': 'c'}
+    """
+    took = round(command["endedAt"] - command.get("startedAt", command["endedAt"]))
+    said = {"executionTimeMs": took, "executionId": command["id"]}
+    if command["status"] == "completed":
+        result = command.get("result")
+        output = result.get("output") if isinstance(result, dict) else result
+        text = output if isinstance(output, str) else "" if output is None else canonical(output).decode()
+        return {"success": True, "output": text, **said}
+    if command["outcome"] in ("timeout", "expired"):
+        raise execution_timed_out(command)
+    raise Unexecuted(f"Command '{command['command']}' failed: {command.get('error', command['outcome'])}", **said)
+
+
+def execution_timed_out(command: Record) -> TimedOut:
+    limit = round(command.get("timeout", EXECUTE_S) * 1000)
+    sentence = f"Operation 'command-execution' timed out after {limit}ms (limit: {limit}ms)"
+    return TimedOut(sentence, timeoutMs=limit, executionId=command["id"])
+
+
+YES_OR_NO = {"yes": "yes", "y": "yes", "true": "yes", "no": "no", "n": "no", "false": "no"}
+ANSWERS: dict[str, Callable[[Record, Any], str | None]] = {  # what a value says, None if it is no answer
+    "text": lambda question, value: value if isinstance(value, str) else None,
+    "choice": lambda question, value: value if value in question["choices"] else None,
+    "file": lambda question, value: value if isinstance(value, str) and value.strip("\0 ") else None,
+    "confirmation": lambda question, value: YES_OR_NO.get(str(value).strip().lower()),
+}
+
+
+def fitting(question: Record, said: Record) -> str:
+    """Return the value that a human *said*, if it answers the *question*; raise Unfitting with what would.
+
+    >>> fitting({"inputType": "confirmation"}, {"type": "confirmation", "value": True})
+    'yes'
+    """
+    kind = question.get("inputType", "text")
+    value = ANSWERS[kind](question, said["value"]) if said["type"] == kind else None
+    if value is None:
+        possible = {"choice": f"one of {', '.join(question.get('choices', []))}", "confirmation": "yes or no"}
+        wanted = possible.get(kind, "a text" if kind == "text" else "the path of a file")
+        raise Unfitting(f"the question wants {wanted}, with the type {kind}", executionId=said["executionId"])
+    return value
 
 
 # ---------------------------------------------------------------------------------------- Store
@@ -1006,6 +1177,16 @@ class Delta(NamedTuple):
     def touches(self, kinds: Iterable[str], statuses: Container[str] = ()) -> bool:
         """Return whether it says anything of *kinds*."""
         return self.full or any(self.deleted[kind] or self.shown(kind, statuses) for kind in kinds)
+
+
+class Agent(NamedTuple):
+    """Who has announced itself: what it said, and when (ms) it was last seen."""
+
+    said: Record
+    seen: float
+
+    def present(self, now: int) -> bool:
+        return abs(now - self.seen) < ABSENT_S * 1000  # a moment that is yet to come was set by hand
 
 
 class Unreadable(Exception):
@@ -1355,6 +1536,22 @@ class Pen:
             sync_folder(path.parent)
         except OSError as error:
             raise refusal_of(error) from None
+
+    def announce(self, name: str, said: Record) -> None:
+        """Keep what an agent *said* of itself, in place of what it said before; that is no change of the state."""
+        path, text = self.store.path("agents", name), msgspec.json.format(msgspec.json.encode(said), indent=2) + b"\n"
+        if len(text) > ANNOUNCED_BYTES:
+            raise TooLarge(f"an agent may say {ANNOUNCED_BYTES} bytes of itself", limit=ANNOUNCED_BYTES)
+        known = self.store.agents()
+        if name not in known and len(known) >= AGENTS:
+            raise Busy(f"{AGENTS} agents have announced themselves; DELETE /agents/NAME makes room")
+        file = File(path, f"{self.store.directory}/agents/.{name_of(name)}.json")
+        try:
+            set_aside({file: [text]})
+            put_in_place([file])
+        except OSError as error:
+            raise refusal_of(error) from None
+        self.store.saw(name)
 
     def touch(self, moment: float) -> None:
         """Move lastUpdate to *moment* (ms), forwards only."""
@@ -1800,6 +1997,34 @@ class Store:
         except FileNotFoundError:
             return b""
 
+    def agents(self) -> dict[str, Agent]:
+        """Return who has announced itself, by name."""
+        known: dict[str, Agent] = {}
+        for file in sorted(os.listdir(self.directory / "agents")):
+            name = file.removesuffix(".json")
+            if file != name and is_name(name):
+                with contextlib.suppress(FileNotFoundError, Unreadable, Malformed):  # gone, or spoiled by hand
+                    raw, stamp = read_file(f"{self.directory}/agents/{file}")
+                    known[urllib.parse.unquote(name)] = Agent(check(AGENT, parse(raw), ""), stamp[1] / 1e6)
+        return known
+
+    def saw(self, name: str) -> bool:
+        """Note that the agent *name* is there; return whether it has announced itself."""
+        moment = self.clock() * 1_000_000
+        try:
+            os.utime(self.path("agents", name), ns=(moment, moment))
+        except OSError:  # it has not; or nothing can be written now
+            return False
+        return True
+
+    def forget(self, name: str) -> bool:
+        """Remove what the agent *name* said of itself; return whether there was anything."""
+        try:
+            os.unlink(self.path("agents", name))
+        except FileNotFoundError:
+            return False
+        return True
+
     def recall(self, name: str) -> bytes:
         """Return what was remembered by this *name*, or nothing."""
         try:
@@ -2229,7 +2454,7 @@ class Store:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.chmod(self.directory, 0o700)
         graves = [f"{folder}/{kind}" for folder in GRAVES.values() for kind in KINDS]
-        for name in (*GRAVES.values(), *graves, "archive/output", "history", "output", "quarantine", *KINDS):
+        for name in (*GRAVES.values(), *graves, "agents", "archive/output", "history", "output", "quarantine", *KINDS):
             (self.directory / name).mkdir(mode=0o700, exist_ok=True)
 
     def _begin(self, lines: list[Line]) -> None:
@@ -2345,7 +2570,7 @@ ROUTES = (
     Route("GET", "/docs", "get_docs", public=True),
     Route("GET", "/openapi.json", "get_openapi", public=True),
     Route("GET", "/health", "get_health", public=True),
-    Route("GET", "/sync", "get_sync", ("since", "wait", "only", "status")),
+    Route("GET", "/sync", "get_sync", ("since", "wait", "only", "status", "agent")),
     Route("POST", "/sync", "post_sync", ("since",)),
     Route("POST", "/command", "post_command", ("wait",)),
     Route("GET", "/commands", "get_commands", ("status", "type", "limit")),
@@ -2356,6 +2581,13 @@ ROUTES = (
     Route("GET", "/command/<identity:path>", "get_command", ("wait",)),
     Route("PATCH", "/command/<identity:path>", "patch_command"),
     Route("DELETE", "/<kind:re:conversation|document|command>/<identity:path>", "delete"),
+    Route("GET", "/agents", "get_agents"),
+    Route("PUT", "/agents/<identity:path>", "put_agent"),
+    Route("PATCH", "/agents/<identity:path>", "patch_agent"),
+    Route("DELETE", "/agents/<identity:path>", "delete_agent"),
+    Route("POST", "/api/kiro/execute", "post_execute"),
+    Route("GET", "/api/kiro/status", "get_kiro_status"),
+    Route("POST", "/api/kiro/input", "post_kiro_input"),
 )
 
 SAID_WITH = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}  # the headers of a refusal, by its status
@@ -2437,22 +2669,52 @@ def report(pen: Pen, identity: str, patch: Record) -> Record:
     return put_command(pen, known, advance(known, patch, pen.now))
 
 
-def queue(pen: Pen, order: Record, key: str = "") -> tuple[Record, bool]:
+def id_of_key(key: str) -> str:
+    return f"cmd-{digest(key.encode())[:32]}"
+
+
+def queue(pen: Pen, order: Record, key: str = "", target: str = "") -> tuple[Record, bool]:
     """Return the command that *order* becomes, and whether it is one that was queued before with the same *key*.
 
     The id is made from the key, so that it is found, and remembered for as long as the command is.
-    Raises Malformed, or Unprocessable if the key was used for another order.
+    If it is new it is for the agent *target*. Raises Malformed, or Unprocessable if the key was used for another order.
     """
     refuse_own(SET_LATER, check_command(order))
     sha256 = digest(canonical(order))
-    identity = f"cmd-{digest(key.encode())[:32]}" if key else f"cmd-{pen.now}-{secrets.token_hex(5)}"
+    identity = id_of_key(key) if key else f"cmd-{pen.now}-{secrets.token_hex(5)}"
     known = pen.get("commands", identity) if key else None
     if known and known.get("orderSha256") != sha256:
         raise Unprocessable("Idempotency-Key: another command was queued with this key", commandId=identity)
     if known:
         return known, True
     marks = {"idempotencyKey": key, "orderSha256": sha256} if key else {}
+    marks |= {"target": target} if target else {}
     return put_command(pen, None, {"id": identity, **new_command(order, pen.now), **marks}), False
+
+
+def answer_question(pen: Pen, identity: str, said: Record) -> Record:
+    """Return the question *identity* after a human *said* something; raise NotFound, TimedOut or Unfitting.
+
+    The same answer again is no second one.
+    """
+    question = existing("commands", pen.get("commands", identity))
+    value = fitting(question, said)
+    if question["status"] not in ENDED:
+        return report(pen, identity, {"status": "completed", "result": {"value": value}})
+    if question.get("result") == {"value": value}:
+        return question
+    if question["outcome"] == "expired":
+        raise TimedOut(f"Operation 'user-input' timed out: {question['error']}", executionId=said["executionId"])
+    raise nothing_waits(said["executionId"])
+
+
+def nothing_waits(execution: str) -> NotFound:
+    return NotFound("nothing is waiting for this answer", success=False, executionId=execution)
+
+
+def is_question(command: Record, execution: str) -> bool:
+    """Return whether *command* asks a human on behalf of *execution*."""
+    return command["type"] == "user_input" and command.get("executionId") == execution
 
 
 def cancel_command(pen: Pen, identity: str) -> Record:
@@ -2562,13 +2824,170 @@ class Told:
         self.store.remember("told", msgspec.json.encode({"revision": self.revision, "commands": sorted(self.others)}))
 
 
+class Open:
+    """The commands that have not ended, by id; kept in step with the store at the cost of what has changed."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.cursor, self.guard = store, "", threading.Lock()
+        self.known: dict[str, Record] = {}
+
+    def look(self) -> dict[str, Record]:
+        """Return them as they stand; what has not changed is the same object as before."""
+        with self.guard:
+            delta = self.store.delta(self.cursor)
+            known = (
+                {} if delta.since == 0 else without(self.known, *delta.deleted["commands"], *delta.changed["commands"])
+            )
+            for identity, entry in delta.changed["commands"].items():
+                if entry.content.status not in ENDED:
+                    known[identity] = entry.record(identity)
+            self.cursor, self.known = delta.cursor, known
+            return known
+
+
+class Caller(NamedTuple):
+    """Who waits for an execution, and for what order, by its sha256."""
+
+    sha256: str
+    channel: Any
+
+    def has_hung_up(self) -> bool:
+        return bool(self.channel and self.channel.has_hung_up())
+
+
+class Editors:
+    """The windows of IDEs that take commands: what they execute, and whom that makes wait or answer."""
+
+    def __init__(self, store: Store, commands: Open) -> None:
+        self.store, self.open = store, commands
+        self.starting, self.callers = threading.Lock(), dict[str, Caller]()
+
+    def start(self, order: Record, key: str, caller: Caller) -> Record:
+        """Return the command that *order* becomes, or is already; raise Unavailable or Unexecuted."""
+        with self.starting:
+            command = self.started(order, key, caller) or self.queue(order, key)
+            self.callers[command["id"]] = caller
+            return command
+
+    def started(self, order: Record, key: str, caller: Caller) -> Record | None:
+        """Return what *order* is already: the command of that *key*, or one whose caller hung up before its answer."""
+        if key and self.store.get("commands", id_of_key(key)):
+            return self.store.change(lambda pen: queue(pen, order, key))[0]
+        before = self.store.clock() - REJOIN_S * 1000
+        for identity, other in [*self.callers.items()]:
+            entry = self.store.get("commands", identity)
+            if not entry or (entry.content.status in ENDED and entry.content.ended < before):
+                self.callers.pop(identity, None)
+            elif not key and other.sha256 == caller.sha256 and other.has_hung_up():
+                return entry.record(identity)
+        return None
+
+    def leave(self, identity: str, caller: Caller) -> None:
+        """Forget the *caller* of an execution, who has the answer; one who hung up may come again for it."""
+        if self.callers.get(identity) is caller and not caller.has_hung_up():
+            del self.callers[identity]
+
+    def queue(self, order: Record, key: str) -> Record:
+        """Queue *order* for the window that is to execute it."""
+        windows = self.windows()
+        if not windows:
+            raise self.unavailable()
+        target = window_for(order.get("workspacePath"), windows)
+        if len(self.running(windows)) >= EXECUTIONS:
+            raise Unexecuted(f"Maximum concurrent commands limit reached ({EXECUTIONS})")
+        return self.store.change(lambda pen: queue(pen, order, key, target))[0]
+
+    def windows(self) -> dict[str, Record]:
+        """Return what the windows that are there, and take commands, said of themselves, by name."""
+        return {name: agent.said for name, agent in self.ides(here=True) if "kiro_command" in agent.said["types"]}
+
+    def ides(self, here: bool = False) -> list[tuple[str, Agent]]:
+        now, agents = self.store.clock(), self.store.agents().items()
+        return [pair for pair in agents if pair[1].said["kind"] == "ide" and (pair[1].present(now) or not here)]
+
+    def unavailable(self, **details: Any) -> Unavailable:
+        if not self.ides():
+            return Unavailable("Kiro IDE is not running", reason="not_running", **details)
+        hint = ": remote control is switched off in it" if self.ides(here=True) and not self.windows() else ""
+        return Unavailable(f"Kiro IDE is not responding to commands{hint}", reason="not_responding", **details)
+
+    def running(self, windows: Container[str]) -> list[Record]:
+        """Return what is being executed, or is about to be by one of *windows*, the oldest first."""
+        commands = [command for command in self.open.look().values() if command["type"] == "kiro_command"]
+        running = (each for each in commands if each["status"] == "processing" or each.get("target") in windows)
+        return sorted(running, key=lambda command: command["createdAt"])
+
+    def is_deserted(self, command: Record, status: str) -> bool:
+        """Return whether nobody is there any more to take *command*, which has this *status*."""
+        agent = self.store.agents().get(command.get("target", ""))
+        return status == "pending" and not (agent and agent.present(self.store.clock()))
+
+    def finish(self, identity: str) -> Record:
+        """Return an execution that has ended; cancel one that has not, and raise why."""
+        entry = existing("commands", self.store.get("commands", identity))
+        if entry.content.status in ENDED:
+            return entry.record(identity)
+        if self.store.closed:
+            raise Busy("the service is being stopped; the execution goes on", executionId=identity)
+        deserted = self.is_deserted(entry.record(identity), entry.content.status)
+        with contextlib.suppress(Conflict):  # it has ended meanwhile
+            command = self.store.change(lambda pen: cancel_command(pen, identity))
+            raise self.unavailable(executionId=identity) if deserted else execution_timed_out(command)
+        return self.finish(identity)
+
+    def status(self) -> Record:
+        """Return what GET /api/kiro/status says."""
+        windows = self.windows()
+        running = self.running(windows)
+        said: Record = {"status": ("busy" if running else "ready") if windows else "unavailable"}
+        if running:
+            said["currentCommand"] = running[0]["command"]
+        if windows and (version := windows[window_for(None, windows)].get("version")):
+            said["version"] = version
+        available = {command for window in windows.values() for command in window.get("availableCommands", [])}
+        questions = [command for command in self.open.look().values() if command["type"] == "user_input"]
+        return {
+            **said,
+            "availableCommands": sorted(available),
+            "timestamp": iso(self.store.clock()),
+            "pendingInputs": [shown_question(each) for each in sorted(questions, key=lambda each: each["createdAt"])],
+            "executions": [shown_execution(command) for command in running],
+        }
+
+    def question(self, execution: str) -> str:
+        """Return the id of the question that *execution* is, or that was asked on its behalf: the oldest that is open.
+
+        If none is, the latest that was; raise NotFound if there was none.
+        """
+        entry = self.store.get("commands", execution)
+        if entry and entry.record(execution)["type"] == "user_input":
+            return execution
+        if waiting := [each for each in self.open.look().values() if is_question(each, execution)]:
+            return str(min(waiting, key=lambda command: command["createdAt"])["id"])
+        told = msgspec.json.encode(execution)  # is in the text of few records: only those are decoded
+        known = self.store.all("commands").items()
+        ended = [entry.record(identity) for identity, entry in known if told in entry.content.newer(0)[0]]
+        if not (asked := [each for each in ended if is_question(each, execution)]):
+            raise nothing_waits(execution)
+        return str(max(asked, key=lambda command: command["createdAt"])["id"])
+
+
 class Service:
     """The routes, and the one plugin through which every request passes: token, errors, request id."""
 
     name, api = "kirosync", 2  # as Bottle wants a plugin to be
 
-    def __init__(self, store: Store | None, token: str, host: str = "127.0.0.1", port: int = 0, threads: int = THREADS):
-        self.token, self.host, self.port = token, host, port
+    def __init__(
+        self,
+        store: Store | None,
+        token: str,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        threads: int = THREADS,
+        execute_s: float = EXECUTE_S,
+    ) -> None:
+        self.token, self.host, self.port, self.execute_s = token, host, port, execute_s
         self.started, self.listening = time.monotonic(), 0
         self.opened: Store | None = None
         if store:
@@ -2587,7 +3006,9 @@ class Service:
 
     def begin(self, store: Store) -> None:
         """Answer from *store* from now on; until then who wants it is told to come again."""
-        self.opened, self.told, self.listening = store, Told(store), store.clock()
+        self.told, self.open, self.listening = Told(store), Open(store), store.clock()
+        self.editors = Editors(store, self.open)
+        self.opened = store
 
     @property
     def store(self) -> Store:
@@ -2619,15 +3040,15 @@ class Service:
         response.set_header("X-Request-Id", identity)
         response.content_type = "application/json"
         try:
-            if not public:
-                self.authenticate()
+            if not public and not self.is_authenticated():
+                raise Unauthorized
             check_path(request.environ.get("bottle.raw_path", ""))
             body = handler()
         except Refusal as refusal:
             response.status = refusal.status
             for name, value in SAID_WITH.get(refusal.status, {}).items():
                 response.set_header(name, value)
-            body = refusal.body()
+            body = refusal.body() | ({"timestamp": iso(time.time() * 1000)} if isinstance(refusal, Coded) else {})
         except Exception:  # a defect of ours: the caller learns where to look, the log learns what
             log.exception("request %s: %s %s failed", identity, request.method, request.path)
             response.status = 500
@@ -2653,11 +3074,10 @@ class Service:
         parts = blocks(pieces, ends)
         return gzipped(parts) if compress else parts
 
-    def authenticate(self) -> None:
+    def is_authenticated(self) -> bool:
         scheme, _, token = header("Authorization").partition(" ")
         given = token.strip().encode("latin-1", "replace")
-        if scheme.lower() != "bearer" or not given or not hmac.compare_digest(given, self.token.encode()):
-            raise Unauthorized
+        return scheme.lower() == "bearer" and bool(given) and hmac.compare_digest(given, self.token.encode())
 
     # What a request says
 
@@ -2712,15 +3132,15 @@ class Service:
         topics: Sequence[tuple[str, ...]],
         pause: float = GONE_S,
         in_turn: bool = False,
-    ) -> None:
-        """Return when *ready* says so, or after *seconds*; at once if too many requests are held already.
+    ) -> bool:
+        """Return when *ready* says so, or after *seconds*; at once, and False, if too many requests are held already.
 
         It is asked at every change of the *topics* (see Store.wait), and after every *pause* (s). Those held *in_turn*
         leave one after the other: many who wait for the same are not to crowd out who asks.
         """
         until = time.monotonic() + seconds
         if seconds <= 0 or not self.waiters.acquire(blocking=False):
-            return
+            return seconds <= 0
         channel = bottle.request.environ.get("kirosync.channel")
         try:
             with channel.parked() if channel else contextlib.nullcontext():
@@ -2728,6 +3148,7 @@ class Service:
                     with self.door:
                         time.sleep(max(0.0, self.last_left + PACE_S - time.monotonic()))
                         self.last_left = time.monotonic()
+            return True
         finally:
             self.waiters.release()
 
@@ -2774,15 +3195,27 @@ class Service:
     def get_health(self) -> Record:
         """Whether the service is up: {status, timestamp, server: {running, port, host, uptime in s}}.
 
-        The status is healthy, or while it reads its state directory unhealthy, with the "problem".
+        The status is healthy, or while it reads its state directory unhealthy, with the "problem". Who brings a token
+        learns more: queue: {pending, processing, oldestPendingMs}, and agents: {name: {kind, present, lastSeen}}.
         """
-        moment = datetime.datetime.fromtimestamp(
-            self.opened.clock() / 1000 if self.opened else time.time(), datetime.UTC
-        )
+        now = self.opened.clock() if self.opened else time.time() * 1000
         uptime = round(time.monotonic() - self.started, 3)
         server = {"running": True, "port": self.port, "host": self.host, "uptime": uptime}
         said: Record = {"status": "healthy"} if self.opened else {"status": "unhealthy", "problem": "starting"}
-        return {**said, "timestamp": f"{moment:%FT%T}Z", "server": server}
+        more = self.overview() if self.opened and self.is_authenticated() else {}
+        return {**said, "timestamp": iso(now), "server": server, **more}
+
+    def overview(self) -> Record:
+        """Return what waits, what is being executed, and who was seen when."""
+        now, agents = self.store.clock(), self.store.agents()
+        waiting = [command for command in self.open.look().values() if command["status"] == "pending"]
+        oldest = max((now - command["createdAt"] for command in waiting), default=None)
+        queue = {"pending": len(waiting), "processing": len(self.open.look()) - len(waiting), "oldestPendingMs": oldest}
+        seen = {
+            name: {"kind": agent.said["kind"], "present": agent.present(now), "lastSeen": iso(agent.seen)}
+            for name, agent in agents.items()
+        }
+        return {"queue": queue, "agents": seen}
 
     def get_sync(self) -> list[bytes]:
         """All conversations, documents and commands, with lastUpdate and a cursor.
@@ -2791,18 +3224,21 @@ class Service:
         {kind: [ids]}. Take out what is deleted, merge the rest into your copy, and it is the server's
         state. A cursor that is not known here gives everything, and "full": true. &wait=SECONDS holds
         the answer until something changes. ?only=commands,documents and ?status=pending,processing
-        filter. The ETag, sent back as If-None-Match, gives 304 when nothing has changed.
+        filter. The ETag, sent back as If-None-Match, gives 304 when nothing has changed. &agent=NAME says who asks:
+        an agent that is there for as long as it does.
         """
         query, kinds, statuses = bottle.request.query, self.listed("only", KINDS), self.listed("status", NEXT)
+        agent = check_id(query.getunicode("agent"), "agent") if "agent" in query else ""
         since, seconds = query.get("since"), self.seconds()
         kinds = kinds or list(KINDS)
         if since and seconds:
 
             def ready() -> bool:
                 self.store.refresh()
-                return self.store.known_after(since, kinds).touches(kinds, statuses)
+                return self.saw(agent) and self.store.known_after(since, kinds).touches(kinds, statuses)
 
             self.hold(ready, seconds, [(kind,) for kind in kinds], in_turn=not statuses)
+        self.saw(agent)
         self.store.refresh()
         if (tag := f'W/"{self.store.cursor}"') in header("If-None-Match"):
             bottle.response.status = 304
@@ -2834,15 +3270,26 @@ class Service:
         state = show(delta, self.store.last_update, self.store.clock(), KINDS)
         return [b'{"status":"%s","data":' % status.encode(), *state, b"}"]
 
+    def saw(self, agent: str | None) -> bool:
+        """Note that an *agent* is there, if one is named; return True."""
+        if agent:
+            self.store.saw(agent)
+        return True
+
+    def key(self) -> str:
+        """Return the Idempotency-Key, "" if there is none."""
+        key = header("Idempotency-Key")
+        if not re.fullmatch(rf"[ -~]{{0,{KEY_CHARACTERS}}}", key):
+            raise Malformed("Idempotency-Key", f"must be up to {KEY_CHARACTERS} characters of ASCII")
+        return key
+
     def post_command(self) -> Any:
         """Queue a command: {"commandId", "status": "pending"}. ?wait=SECONDS answers when it has ended.
 
         With a header Idempotency-Key it can be sent again without harm: for as long as the command is kept, the
         same key with the same body answers as that command stands, and with another body 422.
         """
-        order, seconds, key = self.body(), self.seconds(), header("Idempotency-Key")
-        if not re.fullmatch(rf"[ -~]{{0,{KEY_CHARACTERS}}}", key):
-            raise Malformed("Idempotency-Key", f"must be up to {KEY_CHARACTERS} characters of ASCII")
+        order, seconds, key = self.body(), self.seconds(), self.key()
         command, known = self.store.change(lambda pen: queue(pen, order, key))
         if known:
             bottle.response.set_header("Idempotent-Replayed", "true")
@@ -2884,6 +3331,7 @@ class Service:
         """
         patch = self.body()
         changed = self.store.change(lambda pen: report(pen, identity, patch))
+        self.saw(patch.get("agent"))
         return without(changed, "id")
 
     def post_cancel(self, identity: str) -> Record:
@@ -2993,6 +3441,116 @@ class Service:
         self.store.change(remove)
         return {"deleted": identity}
 
+    def get_agents(self) -> Record:
+        """Who executes: {"agents": {name: {kind, types, ..., lastSeen, present}}}; unseen for 15 s one is absent.
+
+        An agent is seen when it announces itself, claims, renews, reports, or asks GET /sync with agent=NAME.
+        """
+        now = self.store.clock()
+        said = {
+            name: {**a.said, "lastSeen": int(a.seen), "present": a.present(now)}
+            for name, a in self.store.agents().items()
+        }
+        return {"agents": said}
+
+    def put_agent(self, identity: str) -> Record:
+        """Announce an agent, or again that it is there: {"kind": "agent" | "ide", "types": [those it executes]}.
+
+        "version" and more as it likes; an IDE says its "availableCommands", "workspaceFolders" (paths) and, as
+        "focusedAt" (ms), when its window was last in front. It replaces what was said before.
+        """
+        return self.announce(identity, check(AGENT, self.body(), ""))
+
+    def patch_agent(self, identity: str) -> Record:
+        """Change some of what an agent said of itself; {} says that it is there. 404: it must announce itself anew."""
+        patch = check(AGENT_PATCH, self.body(), "")
+        known = self.store.agents().get(identity)
+        if not known:
+            raise NotFound("Agent not found; announce it with PUT")
+        if not patch and self.saw(identity):
+            return {"agent": identity}
+        return self.announce(identity, {**known.said, **patch})
+
+    def announce(self, identity: str, said: Record) -> Record:
+        refuse_own({"present", "lastSeen"}, said)
+        self.store.change(lambda pen: pen.announce(identity, said))
+        return {"agent": identity}
+
+    def delete_agent(self, identity: str) -> Record:
+        """Say that an agent has gone."""
+        if not self.store.forget(identity):
+            raise NotFound("Agent not found")
+        return {"deleted": identity}
+
+    # What an editor executes, and a human answers
+
+    def post_execute(self) -> Record:
+        """Have an IDE execute {command, args?: [text], workspacePath?}: {success, output, executionTimeMs}.
+
+        422 if it failed, if 3 are being executed, or if no window has workspacePath open; 503 if no IDE takes commands;
+        408 after 300 s, and it is cancelled. "executionId" is the id of the command (see /command/ID). With Prefer:
+        respond-async the answer is 202 at once, as it is when too many requests wait. An Idempotency-Key is as for
+        POST /command. Without one, the same asked again by who hung up before the answer is not executed again.
+        """
+        order, key = execution_of(self.kiro_body(), self.execute_s), self.key()
+        caller = Caller(digest(canonical(order)), bottle.request.environ.get("kirosync.channel"))
+        command = self.editors.start(order, key, caller)
+        at_once = "respond-async" in header("Prefer")
+        try:
+            if at_once or not self.hold_execution(command) or caller.has_hung_up():
+                return self.accepted(command["id"], at_once)
+            ended = self.editors.finish(command["id"])
+            self.told.of(command["id"], existing("commands", self.store.get("commands", command["id"])))
+            return execution_result(ended)
+        finally:
+            self.editors.leave(command["id"], caller)
+
+    def hold_execution(self, command: Record) -> bool:
+        """Return when it has ended, its time is over, or the IDE is gone that was to take it; see hold."""
+        left = self.execute_s - (self.store.clock() - command["createdAt"]) / 1000
+
+        def ready() -> bool:
+            entry = self.store.get("commands", command["id"])
+            return not entry or entry.content.status in ENDED or self.editors.is_deserted(command, entry.content.status)
+
+        return self.hold(ready, min(left, self.execute_s), [("commands", command["id"])])
+
+    def accepted(self, identity: str, asked_for: bool) -> Record:
+        """Answer at once with the id of an execution that goes on."""
+        bottle.response.status = 202
+        if asked_for:
+            bottle.response.set_header("Preference-Applied", "respond-async")
+        entry = existing("commands", self.store.get("commands", identity))
+        return {"executionId": identity, "status": entry.content.status}
+
+    def get_kiro_status(self) -> Record:
+        """{status: ready | busy | unavailable, currentCommand?, version?, availableCommands, timestamp} of the IDE.
+
+        And "pendingInputs": what waits for a human; "executions": what is being executed.
+        """
+        return self.editors.status()
+
+    def post_kiro_input(self) -> Record:
+        """Answer a question: {value, type: text | choice | file | confirmation, executionId}: {success, executionId}.
+
+        The executionId is that of the question (a user_input), or of the execution that asks. 400 if the value does not
+        fit; 404 if nothing is waiting; 408 if it has timed out. To refuse to answer, cancel the question.
+        """
+        try:
+            said = check(ANSWER, self.kiro_body(), "")
+        except Malformed as problem:
+            raise ValidationFailed(str(problem), field=problem.details["field"]) from None
+        question = self.editors.question(said["executionId"])
+        self.store.change(lambda pen: answer_question(pen, question, said))
+        return {"success": True, "executionId": said["executionId"]}
+
+    def kiro_body(self) -> Record:
+        """Return the JSON object that was sent; see body. Raises ValidationFailed where that raises Malformed."""
+        try:
+            return self.body()
+        except Malformed as problem:
+            raise ValidationFailed(str(problem)) from None
+
     def hold_until_ended(self, identity: str, seconds: float) -> None:
         """Return when the command has ended, or is not there; or after *seconds*."""
 
@@ -3008,23 +3566,28 @@ class Service:
         What is left of a time is counted from when it was seen: a clock that jumps ends nothing.
         """
         due: dict[str, tuple[float, Record]] = {}  # when (s, monotonic), and the command as it was seen
-        cursor = None
         while not self.store.closed:
-            delta = self.store.delta(cursor)
-            cursor = delta.cursor
-            for identity, entry in delta.changed["commands"].items():
-                due[identity] = self.due(entry.record(identity))
+            waiting = self.open.look()
+            due = {
+                i: seen if (seen := due.get(i)) and seen[1] is each else self.due(each) for i, each in waiting.items()
+            }
             late = [command for moment, command in due.values() if moment < time.monotonic()]
+            idle = [each for each in waiting.values() if self.is_idle_question(each)]
             try:
                 if late:
                     self.store.change(lambda pen, late=late: expire(pen, late, self.listening))  # type: ignore[misc]
-                past = {command["id"] for command in late}
-                due = {each: seen for each, seen in due.items() if each not in past and seen[0] < float("inf")}
+                if idle:
+                    self.store.change(lambda pen, idle=idle: withdraw(pen, idle))  # type: ignore[misc]
             except Refusal as refusal:
                 log.warning("commands that are overdue must wait: %s", refusal)
                 self.listening = self.store.clock()  # nor could an agent report
-                due |= {command["id"]: self.due(command) for command in late}
+                due = {}
             self.store.closing.wait(SWEEP_S)
+
+    def is_idle_question(self, command: Record) -> bool:
+        """Return whether *command* asks a human on behalf of what has ended."""
+        asking = self.store.entries["commands"].get(command.get("executionId", ""))
+        return bool(command["type"] == "user_input" and asking and asking.content.status in ENDED)
 
     def tend(self) -> None:
         """Keep the journal short and the commands few, until the store is closed."""
@@ -3067,6 +3630,26 @@ def header(name: str) -> str:
     return str(bottle.request.environ.get(key if key == "CONTENT_TYPE" else f"HTTP_{key}", ""))
 
 
+def shown_question(question: Record) -> Record:
+    """Return what waits for a human as /api/kiro/status lists it."""
+    told: Record = {key: question[key] for key in ("executionId", "choices", "metadata") if key in question}
+    when = {"createdAt": iso(question["createdAt"]), "expiresAt": iso(deadline(question) or 0)}
+    return {
+        "id": question["id"],
+        "prompt": question["prompt"],
+        "type": question.get("inputType", "text"),
+        **told,
+        **when,
+    }
+
+
+def shown_execution(command: Record) -> Record:
+    """Return what is being executed as /api/kiro/status lists it."""
+    told: Record = {key: command[key] for key in ("command", "args", "workspacePath", "status") if key in command}
+    by = {"agent": command.get("agent", command.get("target"))}
+    return {"executionId": command["id"], **told, **by, "createdAt": iso(command["createdAt"])}
+
+
 def size_told_by(command: Record, stream: str) -> int:
     """Return how much a stream of a command had in all, if its result says so."""
     result = command.get("result")
@@ -3086,6 +3669,15 @@ def decoded(text: str, encoding: str) -> bytes:
         return base64.b64decode(text, validate=True) if encoding == "base64" else text.encode()
     except ValueError:
         raise Malformed("data", "is not base64") from None
+
+
+def withdraw(pen: Pen, questions: Iterable[Record]) -> None:
+    """End those *questions* that are still open although what asked for them has ended."""
+    for question in questions:
+        asking = pen.get("commands", question["executionId"])
+        if asking and asking["status"] in ENDED and pen.get("commands", question["id"]) == question:
+            error = f"nobody answered before {question['executionId']}, which asked, ended"
+            put_command(pen, question, fail(question, "expired", error, pen.now))
 
 
 def expire(pen: Pen, late: Iterable[Record], listening: float) -> None:
@@ -3334,7 +3926,8 @@ def serve(arguments: argparse.Namespace) -> None:
         token = token_of(state)
     except OSError as error:
         sys.exit(NOT_OPENED.format(state, error))
-    service = Service(None, token, arguments.host, arguments.port, arguments.threads)
+    limits = {"threads": arguments.threads, "execute_s": arguments.execute_timeout}
+    service = Service(None, token, arguments.host, arguments.port, **limits)
     server = listen(service, arguments.threads)
     service.port = int(server.effective_port)
     failed: list[Exception] = []
@@ -3379,6 +3972,12 @@ def port_number(text: str) -> int:
     return int(text)
 
 
+def positive_seconds(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", text) or not 0 < float(text) <= LONGEST_RUN_S:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds, up to {LONGEST_RUN_S}")
+    return float(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="kirosync.py", description="One queue and one shared memory.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -3391,6 +3990,13 @@ def main() -> None:
         "--port", type=port_number, default=environ("KIROSYNC_PORT", "3001"), help="port (KIROSYNC_PORT)"
     )
     command.add_argument("--state", default=environ("KIROSYNC_STATE", str(beside)), help="directory (KIROSYNC_STATE)")
+    command.add_argument(
+        "--execute-timeout",
+        type=positive_seconds,
+        default=environ("KIROSYNC_EXECUTE_TIMEOUT", f"{EXECUTE_S:.0f}"),
+        metavar="S",
+        help="for what an IDE executes (KIROSYNC_EXECUTE_TIMEOUT)",
+    )
     command.add_argument("--threads", type=int, default=THREADS, help="requests at once; a held one counts")
     command.set_defaults(run=serve)
     arguments = parser.parse_args()

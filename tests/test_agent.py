@@ -426,7 +426,10 @@ def test_a_turn_of_the_loop_claims_once_and_reports_until_it_is_taken():
     """The loop on a link that fails twice: what ended is reported all the same, and executed once."""
 
     class Shaky:
-        remote = False
+        remote, stays = False, 60
+
+        def stay(self, name, said, anew):
+            raise program.Unreachable("nor can it be said who is here")
 
         def __init__(self):
             self.said, self.failures = [], iter(range(2))
@@ -456,6 +459,11 @@ def test_claims_are_renewed_while_they_run_and_one_that_was_given_up_is_ended():
     now, said = [0.0], []
 
     class Quiet:
+        stays = 60
+
+        def stay(self, name, said, anew):
+            pass
+
         def changes(self, seconds):
             return {}
 
