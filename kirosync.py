@@ -278,7 +278,7 @@ Encoding = Literal["utf-8", "base64"]
 InputType = Literal["text", "choice", "file", "confirmation"]
 AgentKind = Literal["agent", "ide"]
 POSSIBLE = {"status": get_args(Status), "outcome": get_args(Outcome), "encoding": get_args(Encoding)}
-POSSIBLE |= {"inputType": get_args(InputType), "kind": get_args(AgentKind)}
+POSSIBLE |= {"inputType": get_args(InputType), "type": get_args(InputType), "kind": get_args(AgentKind)}
 
 MESSAGE = shape({"role": Name, "content": str, "timestamp": Time}, {"id": str | int, "metadata": dict[str, Any]})
 MESSAGES: Any = list[MESSAGE]  # type: ignore[valid-type]

@@ -605,16 +605,16 @@ def test_an_answer_reaches_an_agent_that_waits(server):
 def test_an_agent_is_listed_absent_after_15_s_and_gone_after_its_good_bye(client, clock):
     assert client.get("/agents").json == {"agents": {}}
     said = {"kind": "agent", "types": ["execute_bash"], "version": "1", "colour": "blue"}
-    assert client.put_json("/agents/Büro 1", said).json == {"agent": "Büro 1"}
+    assert client.put_json("/agents/B%C3%BCro%201", said).json == {"agent": "Büro 1"}
     assert client.get("/agents").json["agents"] == {"Büro 1": {**said, "lastSeen": clock.now, "present": True}}
     clock.now += 15_000
     assert client.get("/agents").json["agents"]["Büro 1"]["present"] is False
-    assert client.patch_json("/agents/Büro 1", {}).json == {"agent": "Büro 1"}
+    assert client.patch_json("/agents/B%C3%BCro%201", {}).json == {"agent": "Büro 1"}
     assert client.get("/agents").json["agents"]["Büro 1"] == {**said, "lastSeen": clock.now, "present": True}
-    assert client.delete("/agents/Büro 1").json == {"deleted": "Büro 1"}
+    assert client.delete("/agents/B%C3%BCro%201").json == {"deleted": "Büro 1"}
     assert client.get("/agents").json == {"agents": {}}
-    client.delete("/agents/Büro 1", status=404)
-    client.patch_json("/agents/Büro 1", {}, status=404)
+    client.delete("/agents/B%C3%BCro%201", status=404)
+    client.patch_json("/agents/B%C3%BCro%201", {}, status=404)
 
 
 def test_an_agent_is_seen_when_it_claims_renews_and_asks(client, clock):
