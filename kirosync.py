@@ -820,15 +820,6 @@ def from_hand(kind: str, found: Record, edited: int, now: int) -> Record:
     return found
 
 
-def iso(moment: float) -> str:
-    """Return a *moment* (ms) as /api/kiro and /health say it.
-
-    >>> iso(1737282600000)
-    '2025-01-19T10:30:00Z'
-    """
-    return f"{datetime.datetime.fromtimestamp(moment / 1000, datetime.UTC):%FT%T}Z"
-
-
 def execution_of(said: Record, seconds: float) -> Record:
     """Return the order that a request to /api/kiro/execute stands for; raise ValidationFailed.
 
@@ -2824,6 +2815,15 @@ class Told:
         self.store.remember("told", msgspec.json.encode({"revision": self.revision, "commands": sorted(self.others)}))
 
 
+def iso(moment: float) -> str:
+    """Return a *moment* (ms) as /api/kiro and /health say it.
+
+    >>> iso(1737282600000)
+    '2025-01-19T10:30:00Z'
+    """
+    return f"{datetime.datetime.fromtimestamp(moment / 1000, datetime.UTC):%FT%T}Z"
+
+
 class Open:
     """The commands that have not ended, by id; kept in step with the store at the cost of what has changed."""
 
@@ -3228,7 +3228,7 @@ class Service:
         an agent that is there for as long as it does.
         """
         query, kinds, statuses = bottle.request.query, self.listed("only", KINDS), self.listed("status", NEXT)
-        agent = check_id(query.getunicode("agent"), "agent") if "agent" in query else ""
+        agent = check_id(query.getunicode("agent"), "agent") if query.get("agent") else ""
         since, seconds = query.get("since"), self.seconds()
         kinds = kinds or list(KINDS)
         if since and seconds:
@@ -3676,8 +3676,9 @@ def withdraw(pen: Pen, questions: Iterable[Record]) -> None:
     for question in questions:
         asking = pen.get("commands", question["executionId"])
         if asking and asking["status"] in ENDED and pen.get("commands", question["id"]) == question:
+            outcome = "cancelled" if asking["outcome"] == "cancelled" else "expired"
             error = f"nobody answered before {question['executionId']}, which asked, ended"
-            put_command(pen, question, fail(question, "expired", error, pen.now))
+            put_command(pen, question, fail(question, outcome, error, pen.now))
 
 
 def expire(pen: Pen, late: Iterable[Record], listening: float) -> None:

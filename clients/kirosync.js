@@ -246,7 +246,7 @@
     }
 
     /**
-     * Return {status, headers, text}, whatever the status, but for what may be otherwise later: then throw Unreachable.
+     * Return {status, headers, bytes, text}, whatever the status, but for what may be otherwise later: then throw Unreachable.
      *
      * *held* is how long (s) the service may wait before it answers.
      */
@@ -263,7 +263,7 @@
           cache: "no-store", // a copy knows better than the browser what it has
           redirect: "error", // a hotel's log-in page is no answer
         });
-        answer = { status: said.status, headers: said.headers, text: await whole(said, patience) };
+        answer = new Answer(said.status, said.headers, await whole(said, patience));
       } catch (error) {
         throw new Unreachable(`${this.url}: ${error.cause?.message || error.cause?.code || error.message}`);
       } finally {
@@ -336,17 +336,29 @@
     }
   }
 
-  /** Return the text of *answer*, however long it takes, as long as it goes on. */
+  /** What was answered: `bytes`, and as `text`. */
+  class Answer {
+    constructor(status, headers, bytes) {
+      Object.assign(this, { status, headers, bytes });
+    }
+
+    get text() {
+      return new TextDecoder().decode(this.bytes);
+    }
+  }
+
+  /** Return the bytes of *answer*, however long it takes, as long as it goes on. */
   const whole = async (answer, patience) => {
-    if (!answer.body?.getReader) return answer.text();
+    if (!answer.body?.getReader) return new Uint8Array(await answer.arrayBuffer());
     const reader = answer.body.getReader();
-    const decoder = new TextDecoder();
-    let text = "";
+    const parts = [];
     for (let part = await reader.read(); !part.done; part = await reader.read()) {
       patience.heard();
-      text += decoder.decode(part.value, { stream: true });
+      parts.push(part.value);
     }
-    return text + decoder.decode();
+    const bytes = new Uint8Array(parts.reduce((size, part) => size + part.length, 0));
+    parts.reduce((offset, part) => bytes.set(part, offset) ?? offset + part.length, 0);
+    return bytes;
   };
 
   /** Return the JSON object in *text*, or what it says else as an error. */
@@ -413,6 +425,7 @@
    * It is kept in *storage*, if there is one, under *key*, and taken up from there. A storage has getItem and setItem,
    * like localStorage; where it is full, the copy goes on without, and `stored` is false until it fits again. A key is
    * for one copy: give each page that is open its own. `state` is replaced, never changed, and has no prototypes.
+   * What *query* says is asked along with every question: {agent: name} tells who asks.
    */
   class Copy {
     #unheard = [];
@@ -420,8 +433,9 @@
     #closing = new AbortController();
     #refusals = new Map(); // why, by push, for the write that waits to be told
 
-    constructor(service, { storage, key = "kirosync" } = {}) {
+    constructor(service, { storage, key = "kirosync", query = {} } = {}) {
       this.service = service;
+      this.query = query;
       this.storage = storage;
       this.key = key;
       this.cursor = "";
@@ -476,7 +490,7 @@
       });
       const held = cursor && !this.#unheard.length ? wait : 0;
       const signal = held ? this.#closing.signal : undefined;
-      const said = await this.service.sync({ since: cursor }, undefined, { wait: held, signal });
+      const said = await this.service.sync({ ...this.query, since: cursor }, undefined, { wait: held, signal });
       return this.#inTurn(() => {
         // Else a write has been answered meanwhile, with more.
         if (cursor === this.cursor && this.#take(said)) this.#save();
@@ -484,23 +498,33 @@
       });
     }
 
-    /** Stay in step, and call *heard* with each change, and wait for it, until `close` is called. */
-    async follow(heard) {
+    /**
+     * Stay in step, and call *heard* with each change, and wait for it, until `close` is called.
+     *
+     * *felt* is called with what stands in the way, an Unreachable, at each try, and with null once it is overcome.
+     */
+    async follow(heard, felt = () => {}) {
       let pause = BACK_OFF_S[0];
+      let reached = false;
       while (!this.closed) {
         const asked = performance.now();
+        const held = reached ? HELD_S : 0; // who has just come wants to know at once whether it is there
         let change;
         try {
-          change = await this.sync(HELD_S);
+          change = await this.sync(held);
           pause = BACK_OFF_S[0];
+          if (!reached) felt(null);
+          reached = true;
         } catch (problem) {
           if (!(problem instanceof Unreachable)) throw problem;
+          reached = false;
+          if (!this.closed) felt(problem);
           await rest(Math.max(problem.pause, pause * (0.5 + Math.random() / 2)), this.#closing.signal);
           pause = Math.min(2 * pause, BACK_OFF_S[1]);
           continue;
         }
         if (!change.empty) await heard(change);
-        else if (performance.now() - asked < UNHELD_S * 1000) await rest(UNHELD_S, this.#closing.signal);
+        else if (held && performance.now() - asked < UNHELD_S * 1000) await rest(UNHELD_S, this.#closing.signal);
       }
     }
 

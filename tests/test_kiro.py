@@ -56,7 +56,10 @@ class Ide:
     def work(self):
         query, cursor = f"only=commands&status=pending,processing&agent={self.name}&wait=1", ""
         while not self.gone.is_set():
+            asked = time.monotonic()
             said = self.ask("GET", f"/sync?{query}&since={cursor}").json()
+            if not said["commands"] and time.monotonic() - asked < 0.5:
+                time.sleep(0.05)  # too many wait, or it was about something else
             cursor = said["cursor"]
             for identity, command in said["commands"].items():
                 if command["status"] == "pending" and command.get("target", self.name) == self.name:
@@ -280,11 +283,22 @@ def test_what_waits_for_an_ide_that_is_away_does_not_use_up_the_limit(server, id
 
 
 def test_racing_callers_are_never_more_than_three(server, ide):
-    results = [in_background(lambda n=n: requests.post(f"{server.url}/api/kiro/execute", headers=HEADERS,
-               json={"command": "slow", "args": [str(n)]}, timeout=60)) for n in range(8)]  # fmt: skip
-    until(lambda: len(status_of(server)["executions"]) == 3)
+    answers = []
+
+    def call(number):
+        body = {"command": "slow", "args": [str(number)]}
+        answers.append(
+            requests.post(f"{server.url}/api/kiro/execute", headers=HEADERS, json=body, timeout=60).status_code
+        )
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    until(lambda: len(answers) == 5)
     ide.release.set()
-    assert sorted(result().status_code for result in results).count(422) >= 5
+    for thread in threads:
+        thread.join()
+    assert sorted(answers) == [200] * 3 + [422] * 5
     assert len(ide.executed) == 3
 
 
@@ -331,19 +345,24 @@ def test_respond_async_answers_202_with_the_id_at_once(server, ide):
 
 def test_when_too_many_wait_the_newest_is_answered_at_once_and_goes_on(state, tmp_path, start):
     server = start(Server, state, tmp_path / "log", "--threads", "4")
-    ide = Ide(server.url)  # holds one of the two
     cursor = server.ask("GET", "/sync").json()["cursor"]
-    held = in_background(
-        lambda: requests.get(f"{server.url}/sync?only=documents&wait=10&since={cursor}", headers=HEADERS, timeout=60)
-    )
-    time.sleep(0.3)
+    path = f"{server.url}/sync?only=documents&wait=20&since={cursor}"
+    held = [in_background(lambda: requests.get(path, headers=HEADERS, timeout=60)) for _ in range(2)]
+    until(lambda: is_answered_at_once(server, cursor))
+    ide = Ide(server.url)
     said = execute(server, "slow")
     assert (said.status_code, said.json().keys()) == (202, {"executionId", "status"})
     ide.release.set()
     until(lambda: command(server, said.json()["executionId"]).get("outcome") == "ok")
     server.ask("POST", "/sync", json={"documents": {"d": {"content": "", "timestamp": 1}}})
-    held()
+    assert [result().status_code for result in held] == [200, 200]
     ide.die()
+
+
+def is_answered_at_once(server, cursor):
+    began = time.monotonic()
+    server.ask("GET", f"/sync?only=documents&wait=0.3&since={cursor}")
+    return time.monotonic() - began < 0.2
 
 
 # The retried request

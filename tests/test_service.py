@@ -112,7 +112,7 @@ def test_the_openapi_document_is_one_and_names_every_route(client):
     assert len(described) == len(kirosync.ROUTES)
     assert ("PATCH", "/command/{identity}") in described
     queries = [each["name"] for each in document["paths"]["/sync"]["get"]["parameters"]]
-    assert queries == ["since", "wait", "only", "status"]
+    assert queries == ["since", "wait", "only", "status", "agent"]
 
 
 def test_every_query_parameter_that_a_handler_reads_is_in_the_route_table():

@@ -1,0 +1,122 @@
+/*
+ * The line to the service: a copy of its state that stays in step, what this window says of itself, and how it is.
+ */
+"use strict";
+
+const crypto = require("node:crypto");
+const { EventEmitter } = require("node:events");
+const kirosync = require("./kirosync.js");
+const { fetch } = require("./http.js");
+
+const STAY_S = 60; // between looks whether the service still knows us; it sees by itself that we wait for news
+
+/**
+ * A line to the service at *url*.
+ *
+ * Events: "change" (a Change of the copy), "state" (when `state`, one of connecting, online and offline, has become
+ * another; `problem` says why it is offline). *about* returns what this window says of itself to the others.
+ */
+class Link extends EventEmitter {
+  #timer;
+  #said = Promise.resolve(); // the last that was said of this window
+
+  constructor(url, token, name, about) {
+    super();
+    this.name = name;
+    this.about = about;
+    this.state = "connecting";
+    this.problem = "";
+    this.service = new kirosync.Service(url, token, { fetch });
+    this.copy = new kirosync.Copy(this.service, { query: { agent: name } });
+  }
+
+  /** Stay in step until `close` is called. */
+  async run() {
+    this.#timer = setInterval(() => this.#stay(), STAY_S * 1000);
+    await this.copy.follow(
+      (change) => {
+        if (Object.keys(change.lost).length) this.announce(); // another state directory: it may not know us
+        this.emit("change", change);
+      },
+      (problem) => {
+        if (!problem) this.announce();
+        this.#become(problem ? "offline" : "online", problem?.message ?? "");
+      },
+    );
+  }
+
+  get here() {
+    return `/agents/${encodeURIComponent(this.name)}`;
+  }
+
+  /** Say what this window is; or what of that has become otherwise. */
+  announce(changes) {
+    this.#said = this.#said.then(async () => {
+      try {
+        const known = changes && (await this.service.ask("PATCH", this.here, changes));
+        if (!known) await this.service.ask("PUT", this.here, await this.about());
+      } catch (problem) {
+        if (!(problem instanceof kirosync.Unreachable)) this.emit("trouble", problem);
+      }
+    });
+    return this.#said;
+  }
+
+  #stay() {
+    if (this.state === "online") this.announce({});
+  }
+
+  #become(state, problem) {
+    if (this.state === state && this.problem === problem) return;
+    this.state = state;
+    this.problem = problem;
+    this.emit("state");
+  }
+
+  /** Return the command as *patch* leaves it, or null if it is another's by now, or gone. */
+  report(id, patch) {
+    return this.service.ask("PATCH", at(id), patch);
+  }
+
+  /** Queue a command, once however often it is sent; return its id. */
+  async post(order) {
+    const headers = { "Idempotency-Key": crypto.randomUUID() };
+    return (await this.service.ask("POST", "/command", order, { headers })).commandId;
+  }
+
+  /** Return the command when it has ended. */
+  async ended(id) {
+    for (;;) {
+      try {
+        const command = await this.service.ask("GET", `${at(id)}?wait=${HELD_S}`, undefined, { held: HELD_S });
+        if (!command) throw new Error("the command was removed from the queue");
+        if (["completed", "failed"].includes(command.status)) return command;
+      } catch (problem) {
+        if (!(problem instanceof kirosync.Unreachable) || this.copy.closed) throw problem;
+        await pause(RETRY_S);
+      }
+    }
+  }
+
+  cancel(id) {
+    return this.service.ask("POST", `${at(id)}/cancel`, {});
+  }
+
+  /** Say good-bye, and let go of the service. */
+  async close() {
+    clearInterval(this.#timer);
+    this.copy.close();
+    this.removeAllListeners();
+    await this.#said;
+    await this.service.ask("DELETE", this.here).catch(() => {});
+  }
+}
+
+const HELD_S = 50; // a question waits for its answer
+const RETRY_S = 2; // after the service could not be reached
+
+const pause = (seconds) => new Promise((resolve) => setTimeout(resolve, seconds * 1000));
+
+const at = (id) => `/command/${encodeURIComponent(id)}`;
+
+module.exports = { Link, pause, at, Unreachable: kirosync.Unreachable, Refused: kirosync.Refused };

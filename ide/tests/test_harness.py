@@ -1,0 +1,50 @@
+"""What the other tests stand on: windows, their hosts, the palette, settings, a service and its agent."""
+
+import pytest
+from editor import until
+
+
+@pytest.fixture(scope="module")
+def window(editor, tmp_path_factory):
+    window = editor.open(tmp_path_factory.mktemp("workspace"))
+    yield window
+    window.close()
+
+
+def test_a_window_shows_its_folder(window):
+    assert window.ask("probe.state")["folders"][0].endswith(str(window.folder))
+    assert window.folder.name in window.page.title()
+
+
+def test_the_palette_runs_a_command(window):
+    marks = window.ask("probe.state")["marks"]
+    window.command("Probe: Mark")
+    until(lambda: window.ask("probe.state")["marks"] == marks + 1, "the palette did not run the command")
+
+
+def test_what_a_command_throws_is_told(window):
+    with pytest.raises(AssertionError, match="probe was asked to throw"):
+        window.ask("probe.throws")
+
+
+def test_settings_reach_a_window_that_is_open(editor, window):
+    editor.settings({"probe.word": "sesame"})
+    until(lambda: window.ask("probe.setting", "probe.word") == "sesame", "the setting did not arrive")
+
+
+def test_a_host_that_is_killed_is_followed_by_another_and_each_window_has_its_own(editor, window, tmp_path):
+    other = editor.open(tmp_path)
+    first, killed = window.host(), other.kill_host()
+    assert first != killed
+    assert until(other.host, "no host followed") not in (first, killed)
+    assert window.host() == first
+    other.close()
+    until(lambda: editor.hosts() == [first], "the host outlives its window")
+
+
+def test_a_service_keeps_its_state_over_a_stop(service, agent):
+    assert service.ask("POST", "/command?wait=20", {"type": "execute_bash", "command": "exit 0"})[1]["outcome"] == "ok"
+    service.stop()
+    service.start()
+    assert len(service.ask("GET", "/commands")[1]["commands"]) == 1
+    assert service.ask("GET", "/commands", headers={"Authorization": None})[0] == 401
