@@ -1,8 +1,10 @@
 """Fixtures are nouns: an editor for all tests, a service and an agent for each that wants them."""
 
+import contextlib
 import os
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from service import Agent, Service
 IDE = Path(__file__).parent.parent
 HOST = IDE / ".host"
 EXTENSION = IDE / "kirosync.vsix"
-EDITOR = pytest.StashKey()
+EDITOR, SCRATCH = pytest.StashKey(), pytest.StashKey()
 CHROMIUM = [
     "--disable-background-networking",
     "--disable-component-update",
@@ -24,13 +26,16 @@ CHROMIUM = [
 ]
 
 
-def pytest_configure():
-    os.environ[SESSION] = str(os.getpid())
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to be told to stop is to clean up, as on Ctrl-C
+def pytest_configure(config):
+    config.stash[SCRATCH] = tempfile.mkdtemp(prefix="ide-")  # short, for the paths of sockets
+    os.environ.update({SESSION: str(os.getpid()), "TMPDIR": config.stash[SCRATCH]})
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # whoever ends this, it cleans up as on Ctrl-C
 
 
-def pytest_unconfigure():
+def pytest_unconfigure(config):
     end_all(f"{SESSION}={os.getpid()}")
+    shutil.rmtree(config.stash[SCRATCH], ignore_errors=True)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -57,7 +62,8 @@ def browser():
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=CHROMIUM)
         yield browser
-        browser.close()
+        with contextlib.suppress(PlaywrightError):  # a Ctrl-C has ended it too
+            browser.close()
 
 
 @pytest.fixture(scope="session")

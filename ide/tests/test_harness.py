@@ -27,11 +27,6 @@ def test_what_a_command_throws_is_told(window):
         window.ask("probe.throws")
 
 
-def test_settings_reach_a_window_that_is_open(editor, window):
-    editor.settings({"probe.word": "sesame"})
-    until(lambda: window.ask("probe.setting", "probe.word") == "sesame", "the setting did not arrive")
-
-
 def test_a_host_that_is_killed_is_followed_by_another_and_each_window_has_its_own(editor, window, tmp_path):
     other = editor.open(tmp_path)
     first, killed = window.host(), other.kill_host()

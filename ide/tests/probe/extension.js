@@ -56,8 +56,11 @@ async function read(uri) {
   return (await vscode.workspace.openTextDocument(vscode.Uri.parse(uri))).getText();
 }
 
-function setting(name) {
-  return vscode.workspace.getConfiguration().get(name);
+/** Make these the user's settings, as the editor's own page of settings does. */
+async function configure(settings) {
+  for (const [name, value] of Object.entries(settings)) {
+    await vscode.workspace.getConfiguration().update(name, value, vscode.ConfigurationTarget.Global);
+  }
 }
 
 const COMMANDS = {
@@ -71,7 +74,7 @@ const COMMANDS = {
   "probe.state": state,
   "probe.median": median,
   "probe.read": read,
-  "probe.setting": setting,
+  "probe.configure": configure,
   "probe.ask": (...args) => vscode.commands.executeCommand("kirosync.askUser", ...args),
 };
 
