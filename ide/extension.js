@@ -315,11 +315,12 @@ const ACTIONS = {
   refuse: (session, chosen) => connected(session).human.refuse(chosen?.id),
   askUser: (session, prompt, options) => connected(session).human.ask(prompt, options),
 
-  openConversation: (session, { id }) =>
-    vscode.commands.executeCommand("markdown.showPreview", views.conversationUri(id)).then(undefined, () =>
-      vscode.window.showTextDocument(views.conversationUri(id)),
-    ),
-  openConversationText: (session, { id }) => vscode.window.showTextDocument(views.conversationUri(id)),
+  openConversation(session, { id }) {
+    const uri = views.conversationUri(session, id);
+    const shown = vscode.commands.executeCommand("markdown.showPreview", uri);
+    return shown.then(undefined, () => vscode.window.showTextDocument(uri)); // an editor may be without a preview
+  },
+  openConversationText: (session, { id }) => vscode.window.showTextDocument(views.conversationUri(session, id)),
 
   async append(session, chosen) {
     const id = await chooseConversation(connected(session), chosen);

@@ -92,7 +92,7 @@ const cut = (text, length) => ([...text].length > length ? `${[...text].slice(0,
 /** Return what a conversation is called: what its first message says, or its *id*. */
 const titleOf = (id, messages) => {
   const said = messages.find((message) => message.role === "user" && line(message.content)) ?? messages[0];
-  return cut(line(said?.content ?? "").replace(/^#+ /, ""), TITLE_CHARACTERS) || id;
+  return cut(line(said?.content ?? "").replace(/^#+ |\*\*|`/g, ""), TITLE_CHARACTERS) || id;
 };
 
 /** Return *text* with the code block closed that it leaves open, as one that is still being written does. */

@@ -8,6 +8,7 @@ const { SCHEME, uriOf, idOf } = require("./documents.js");
 const { cut, line, titleOf, markdownOf } = require("./rules.js");
 
 const LABEL_CHARACTERS = 80;
+const TAB_CHARACTERS = 30;
 const STATES = {
   same: ["check", "as on the server"],
   differs: ["diff", "differs from the server"],
@@ -37,7 +38,11 @@ class List {
 }
 
 const item = (label, icon, more) =>
-  Object.assign(new vscode.TreeItem(label), { iconPath: new vscode.ThemeIcon(icon), ...more });
+  Object.assign(new vscode.TreeItem(label), {
+    iconPath: new vscode.ThemeIcon(icon),
+    accessibilityInformation: { label: `${label} ${more.description ?? ""}` }, // else its tooltip is read out
+    ...more,
+  });
 
 /** Return the conversations, the one last written to first. */
 const conversationItems = (conversations) => {
@@ -107,6 +112,10 @@ class Records {
   }
 }
 
-const conversationUri = (id) => uriOf("conversations", id, "conversation.md");
+/** Return where a conversation is read; what it is called is the name of its tab. */
+const conversationUri = (session, id) => {
+  const title = titleOf(id, session.state.conversations[id] ?? []);
+  return uriOf("conversations", id, `${cut(title.replace(/[^\p{L}\p{N} _-]/gu, ""), TAB_CHARACTERS)}.md`);
+};
 
 module.exports = { List, Records, conversationItems, questionItems, documentItems, conversationUri };

@@ -8,10 +8,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from editor import SESSION, Editor, end_all
+from editor import SESSION, Editor, end_all, until
 from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import sync_playwright
-from service import Agent, Service
+from service import Agent, Service, give_token, ides
 
 IDE = Path(__file__).parent.parent
 HOST = IDE / ".host"
@@ -80,17 +80,31 @@ def editor(browser, tmp_path_factory, request):
     editor.stop()
 
 
-@pytest.fixture
-def service(tmp_path):
-    service = Service(tmp_path / "state")
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    service = Service(tmp_path_factory.mktemp("service") / "state")
     service.start()
     yield service
     service.stop()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def agent(service):
     agent = Agent(service)
     agent.start()
     yield agent
     agent.stop()
+
+
+@pytest.fixture(scope="module")
+def window(editor, service, tmp_path_factory):
+    """A window that was connected as a human does it: an address in the settings, a token by the palette."""
+    folder = tmp_path_factory.mktemp("app")
+    (folder / "a b.txt").write_text("alpha\n")
+    editor.settings({"kirosync.url": service.url})
+    window = editor.open(folder)
+    window.sees("status", "Kirosync: no token")
+    give_token(window, service.token)
+    until(lambda: ides(service), "the window did not announce itself")
+    yield window
+    window.close()

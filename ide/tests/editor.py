@@ -30,6 +30,7 @@ CALM = {
     "remote.autoForwardPorts": False,
     "security.workspace.trust.enabled": False,
     "telemetry.telemetryLevel": "off",
+    "terminal.integrated.gpuAcceleration": "off",  # else it paints what a test cannot read
     "update.mode": "none",
     "update.showReleaseNotes": False,
     "window.restoreWindows": "none",

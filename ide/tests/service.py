@@ -88,3 +88,17 @@ class Agent(Program):
     def __init__(self, service):
         argv = ["agent.py", "--state", service.state]
         super().__init__(service.state.with_suffix(".agent.log"), "agent", argv)
+
+
+def ides(service):
+    """Return what the windows that are there have said of themselves, by name."""
+    agents = service.ask("GET", "/agents")[1]["agents"]
+    return {name: said for name, said in agents.items() if said["kind"] == "ide" and said["present"]}
+
+
+def give_token(window, token):
+    """Give a window a token as a human does."""
+    window.command("Kirosync: Set Token")
+    window.sees("input", "The token of")
+    window.type(token)
+    window.press("Enter")

@@ -4,13 +4,6 @@ import pytest
 from editor import until
 
 
-@pytest.fixture(scope="module")
-def window(editor, tmp_path_factory):
-    window = editor.open(tmp_path_factory.mktemp("workspace"))
-    yield window
-    window.close()
-
-
 def test_a_window_shows_its_folder(window):
     assert window.ask("probe.state")["folders"][0].endswith(str(window.folder))
     assert window.folder.name in window.page.title()

@@ -1,39 +1,12 @@
 """Remote control of a real editor, through the service, as the seed's document has it."""
 
 import json
-import os
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from editor import until
-from service import Service
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory):
-    service = Service(tmp_path_factory.mktemp("service") / "state")
-    service.start()
-    yield service
-    service.stop()
-
-
-@pytest.fixture(scope="module")
-def window(editor, service, tmp_path_factory):
-    """A window that was connected as a human does it: an address in the settings, a token by the palette."""
-    folder = tmp_path_factory.mktemp("app")
-    (folder / "a b.txt").write_text("alpha\n")
-    editor.settings({"kirosync.url": service.url})
-    window = editor.open(folder)
-    window.sees("status", "Kirosync: no token")
-    window.command("Kirosync: Set Token")
-    window.sees("input", "The token of")
-    window.type(service.token)
-    window.press("Enter")
-    until(lambda: ides(service), "the window did not announce itself")
-    yield window
-    window.close()
+from service import give_token, ides
 
 
 @pytest.fixture(autouse=True)
@@ -46,11 +19,6 @@ def switch(service, window, on, allowed=("*",)):
     window.ask("probe.configure", {"kirosync.remoteControl": on, "kirosync.allowedCommands": [*allowed]})
     ready = "ready" if on else "unavailable"
     until(lambda: status(service)["status"] == ready, f"the status did not become {ready}")
-
-
-def ides(service):
-    agents = service.ask("GET", "/agents")[1]["agents"]
-    return {name: said for name, said in agents.items() if said["kind"] == "ide" and said["present"]}
 
 
 def status(service):
@@ -114,7 +82,18 @@ def test_the_uri_of_a_file_opens_it(service, window):
 
 
 def test_arguments_are_what_the_editor_wants_them_to_be(service, window):
-    given = ["file:///x/y.txt", "vscode-remote://h/x", '{"x": [1]}', "42", "true", "plain", '"42"', "{", "https://a.b", ""]
+    given = [
+        "file:///x/y.txt",
+        "vscode-remote://h/x",
+        '{"x": [1]}',
+        "42",
+        "true",
+        "plain",
+        '"42"',
+        "{",
+        "https://a.b",
+        "",
+    ]
     told = json.loads(output(service, "probe.echo", *given))
     assert [each["type"] for each in told] == (
         ["Uri", "Uri", "object", "number", "boolean", "string", "string", "string", "string", "string"]
@@ -218,9 +197,9 @@ def test_a_list_of_patterns_limits_what_is_executed(service, window):
 
 def test_the_window_shows_that_it_is_on_and_the_log_what_ran(service, window):
     window.sees("status", "remote control")
-    output(service, "probe.echo", "to be found in the log")
+    output(service, "probe.echo", "noted-in-the-log")
     window.command("Kirosync: Show Log")
-    window.page.locator(".output .view-line", has_text="to be found in the log").first.wait_for()
+    window.page.locator(".output .view-line", has_text="noted-in-the-log").first.wait_for()
     window.screenshot("log")
 
 
@@ -257,16 +236,10 @@ def test_an_agent_that_was_forgotten_announces_itself_anew(service, window):
 
 
 def test_a_token_that_is_wrong_is_said_to_be(service, window):
-    window.command("Kirosync: Set Token")
-    window.sees("input", "The token of")
-    window.type("not the token")
-    window.press("Enter")
+    give_token(window, "not the token")
     bar = window.sees("status", "Kirosync: offline")
-    assert "does not take the token" in bar.get_attribute("aria-label") or bar.is_visible()
-    window.command("Kirosync: Set Token")
-    window.sees("input", "The token of")
-    window.type(service.token)
-    window.press("Enter")
+    until(lambda: "does not take the token" in bar.get_attribute("aria-label"), "it does not say why")
+    give_token(window, service.token)
     until(lambda: status(service)["status"] == "ready", "the right token was not taken")
 
 
