@@ -1440,9 +1440,9 @@ class HttpLink:
         self.spool.mkdir(mode=0o700)
 
     def stay(self, name: str, said: Record, anew: bool) -> None:
+        self.name = name
         if anew or self.ask("PATCH", agent_at(name), {}) is None:
             self.ask("PUT", agent_at(name), said)
-        self.name = name
 
     def leave(self, name: str) -> None:
         self.ask("DELETE", agent_at(name))
@@ -1699,11 +1699,12 @@ class Agent:
         if self.clock() < self.stayed + self.link.stays:
             return
         said: Record = {"kind": "agent", "types": [*(self.policy.types or EXECUTORS)], "version": __version__}
+        first, self.stayed = self.stayed < 0, self.clock()
         try:
-            self.link.stay(self.name, said, self.stayed < 0)
+            self.link.stay(self.name, said, first)
         except (Unreachable, Refused) as error:
             log.info("who is here is not known to others: %s", error)
-        self.stayed = self.clock()
+            self.stayed -= self.link.stays - SEEN_S
 
     def consider(self, command: Record) -> None:
         """Take *command* if it is for us; see to its end if it was ours in another life."""

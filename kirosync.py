@@ -235,6 +235,7 @@ JOURNAL_POLL_S = 0.02  # between looks at the journal, where the kernel does not
 KEPT_S = 30 * 24 * 3600  # an ended command stays so long among the others
 RETIRED = 10  # of those too old, at once, and then a pause as long as that took: others want to write as well
 ABSENT_S = 15.0  # an agent that was not seen for so long is not there
+FORGOTTEN_S = 24 * 3600  # and after so long not even remembered
 AGENTS = 256  # that have announced themselves; their files are read to say who is there
 ANNOUNCED_BYTES = 1 << 20  # that an agent may say of itself: an editor has some 3,000 commands
 EXECUTIONS = 3  # in editors, at once
@@ -828,13 +829,13 @@ def execution_of(said: Record, seconds: float) -> Record:
         ...
     kirosync.ValidationFailed: Command is required and must be a string
     """
-    order: Record = {"type": "kiro_command", "timeout": seconds, "expiresIn": seconds}
-    for field, (shape, sentence) in EXECUTE.items():
+    order: Record = {"type": "kiro_command", "timeout": seconds, "expiresIn": seconds + GRACE_S}
+    for field, (kind, sentence) in EXECUTE.items():
         value = said.get(field)
         if value is None and field != "command":
             continue
         try:
-            order[field] = check(shape, value, field)
+            order[field] = check(kind, value, field)
         except Malformed:
             raise ValidationFailed(sentence, field=field) from None
     return order
@@ -884,9 +885,12 @@ def execution_result(command: Record) -> Record:
         output = result.get("output") if isinstance(result, dict) else result
         text = output if isinstance(output, str) else "" if output is None else canonical(output).decode()
         return {"success": True, "output": text, **said}
-    if command["outcome"] in ("timeout", "expired"):
+    outcome, limit = command.get("outcome"), command.get("timeout", EXECUTE_S) * 1000
+    if outcome == "timeout" or (outcome == "cancelled" and command["endedAt"] >= command["createdAt"] + limit):
         raise execution_timed_out(command)
-    raise Unexecuted(f"Command '{command['command']}' failed: {command.get('error', command['outcome'])}", **said)
+    if outcome == "expired":
+        raise Unavailable("Kiro IDE is not responding to commands", reason="not_responding", executionId=command["id"])
+    raise Unexecuted(f"Command '{command['command']}' failed: {command.get('error', outcome)}", **said)
 
 
 def execution_timed_out(command: Record) -> TimedOut:
@@ -1177,7 +1181,12 @@ class Agent(NamedTuple):
     seen: float
 
     def present(self, now: int) -> bool:
-        return abs(now - self.seen) < ABSENT_S * 1000  # a moment that is yet to come was set by hand
+        return is_present(self.seen, now)
+
+
+def is_present(seen: float, now: int) -> bool:
+    """Return whether an agent last *seen* at a moment (ms) is there; a moment that is yet to come was set by hand."""
+    return abs(now - seen) < ABSENT_S * 1000
 
 
 class Unreadable(Exception):
@@ -1528,14 +1537,24 @@ class Pen:
         except OSError as error:
             raise refusal_of(error) from None
 
+    def agent(self, name: str) -> Record | None:
+        """Return what an agent said of itself, or None."""
+        agent = self.store.agent(name)
+        return agent and agent.said
+
     def announce(self, name: str, said: Record) -> None:
-        """Keep what an agent *said* of itself, in place of what it said before; that is no change of the state."""
+        """Keep what an agent *said* of itself, in place of what it said before; that is no change of the state.
+
+        Where there are too many, the one that has been absent the longest gives way; raise Busy if none is.
+        """
         path, text = self.store.path("agents", name), msgspec.json.format(msgspec.json.encode(said), indent=2) + b"\n"
         if len(text) > ANNOUNCED_BYTES:
             raise TooLarge(f"an agent may say {ANNOUNCED_BYTES} bytes of itself", limit=ANNOUNCED_BYTES)
-        known = self.store.agents()
-        if name not in known and len(known) >= AGENTS:
-            raise Busy(f"{AGENTS} agents have announced themselves; DELETE /agents/NAME makes room")
+        seen = self.store.agents_seen()
+        if name not in seen and len(seen) >= AGENTS:
+            longest = min(seen, key=lambda other: seen[other])
+            if is_present(seen[longest], self.now) or not self.store.forget(longest):
+                raise Busy(f"{AGENTS} agents are here already, which is as many as can be")
         file = File(path, f"{self.store.directory}/agents/.{name_of(name)}.json")
         try:
             set_aside({file: [text]})
@@ -1990,21 +2009,36 @@ class Store:
 
     def agents(self) -> dict[str, Agent]:
         """Return who has announced itself, by name."""
-        known: dict[str, Agent] = {}
-        for file in sorted(os.listdir(self.directory / "agents")):
-            name = file.removesuffix(".json")
-            if file != name and is_name(name):
-                with contextlib.suppress(FileNotFoundError, Unreadable, Malformed):  # gone, or spoiled by hand
-                    raw, stamp = read_file(f"{self.directory}/agents/{file}")
-                    known[urllib.parse.unquote(name)] = Agent(check(AGENT, parse(raw), ""), stamp[1] / 1e6)
-        return known
+        known = {name: self.agent(name) for name in sorted(self.agents_seen())}
+        return {name: agent for name, agent in known.items() if agent}
+
+    def agent(self, name: str) -> Agent | None:
+        """Return what an agent said of itself, None if it has not, or its file was spoiled by hand."""
+        try:
+            raw, stamp = read_file(self.path("agents", name))
+            return Agent(check(AGENT, parse(raw), ""), stamp[1] / 1e6)
+        except (FileNotFoundError, Unreadable, Malformed):
+            return None
+
+    def agents_seen(self) -> dict[str, float]:
+        """Return when (ms) each who has announced itself was last seen."""
+        files = (file.removesuffix(".json") for file in os.listdir(self.directory / "agents") if file.endswith(".json"))
+        seen = {name: self.agent_seen(name) for name in map(urllib.parse.unquote, filter(is_name, files))}
+        return {name: moment for name, moment in seen.items() if moment}
+
+    def agent_seen(self, name: str) -> float:
+        """Return when (ms) an agent was last seen, 0 if it has not announced itself."""
+        try:
+            return os.stat(self.path("agents", name)).st_mtime_ns / 1e6
+        except (OSError, Malformed):
+            return 0
 
     def saw(self, name: str) -> bool:
         """Note that the agent *name* is there; return whether it has announced itself."""
         moment = self.clock() * 1_000_000
         try:
             os.utime(self.path("agents", name), ns=(moment, moment))
-        except OSError:  # it has not; or nothing can be written now
+        except (OSError, Malformed):  # it has not; or nothing can be written now
             return False
         return True
 
@@ -2012,7 +2046,7 @@ class Store:
         """Remove what the agent *name* said of itself; return whether there was anything."""
         try:
             os.unlink(self.path("agents", name))
-        except FileNotFoundError:
+        except OSError:  # a folder of that name, say
             return False
         return True
 
@@ -2598,6 +2632,11 @@ def refuse_own(own: set[str], record: Record, where: str = "") -> None:
         raise Malformed(f"{where}{min(taken)}", "is set by the service; send it under another name")
 
 
+def check_announcement(kind: Any, said: Record) -> Record:
+    refuse_own({"present", "lastSeen"}, check(kind, said, ""))
+    return said
+
+
 def check_push(push: Record) -> Record:
     """Return *push* if every record in it is well formed; raise Malformed naming the record and the field."""
     check(PUSH, push, "")
@@ -2694,8 +2733,8 @@ def answer_question(pen: Pen, identity: str, said: Record) -> Record:
         return report(pen, identity, {"status": "completed", "result": {"value": value}})
     if question.get("result") == {"value": value}:
         return question
-    if question["outcome"] == "expired":
-        raise TimedOut(f"Operation 'user-input' timed out: {question['error']}", executionId=said["executionId"])
+    if question.get("outcome") == "expired":
+        raise TimedOut(f"Operation 'user-input' timed out: {question.get('error')}", executionId=said["executionId"])
     raise nothing_waits(said["executionId"])
 
 
@@ -2919,8 +2958,8 @@ class Editors:
 
     def is_deserted(self, command: Record, status: str) -> bool:
         """Return whether nobody is there any more to take *command*, which has this *status*."""
-        agent = self.store.agents().get(command.get("target", ""))
-        return status == "pending" and not (agent and agent.present(self.store.clock()))
+        seen = self.store.agent_seen(command.get("target", ""))
+        return status == "pending" and not is_present(seen, self.store.clock())
 
     def finish(self, identity: str) -> Record:
         """Return an execution that has ended; cancel one that has not, and raise why."""
@@ -2930,10 +2969,10 @@ class Editors:
         if self.store.closed:
             raise Busy("the service is being stopped; the execution goes on", executionId=identity)
         deserted = self.is_deserted(entry.record(identity), entry.content.status)
-        with contextlib.suppress(Conflict):  # it has ended meanwhile
-            command = self.store.change(lambda pen: cancel_command(pen, identity))
-            raise self.unavailable(executionId=identity) if deserted else execution_timed_out(command)
-        return self.finish(identity)
+        command = self.store.change(lambda pen: give_up_execution(pen, identity, deserted))
+        if command["status"] in ENDED:
+            return command
+        raise execution_timed_out(command)
 
     def status(self) -> Record:
         """Return what GET /api/kiro/status says."""
@@ -3208,9 +3247,10 @@ class Service:
     def overview(self) -> Record:
         """Return what waits, what is being executed, and who was seen when."""
         now, agents = self.store.clock(), self.store.agents()
-        waiting = [command for command in self.open.look().values() if command["status"] == "pending"]
+        commands = self.open.look().values()
+        waiting = [command for command in commands if command["status"] == "pending"]
         oldest = max((now - command["createdAt"] for command in waiting), default=None)
-        queue = {"pending": len(waiting), "processing": len(self.open.look()) - len(waiting), "oldestPendingMs": oldest}
+        queue = {"pending": len(waiting), "processing": len(commands) - len(waiting), "oldestPendingMs": oldest}
         seen = {
             name: {"kind": agent.said["kind"], "present": agent.present(now), "lastSeen": iso(agent.seen)}
             for name, agent in agents.items()
@@ -3459,26 +3499,22 @@ class Service:
         "version" and more as it likes; an IDE says its "availableCommands", "workspaceFolders" (paths) and, as
         "focusedAt" (ms), when its window was last in front. It replaces what was said before.
         """
-        return self.announce(identity, check(AGENT, self.body(), ""))
+        said = check_announcement(AGENT, self.body())
+        self.store.change(lambda pen: pen.announce(identity, said))
+        return {"agent": identity}
 
     def patch_agent(self, identity: str) -> Record:
         """Change some of what an agent said of itself; {} says that it is there. 404: it must announce itself anew."""
-        patch = check(AGENT_PATCH, self.body(), "")
-        known = self.store.agents().get(identity)
-        if not known:
-            raise NotFound("Agent not found; announce it with PUT")
-        if not patch and self.saw(identity):
-            return {"agent": identity}
-        return self.announce(identity, {**known.said, **patch})
-
-    def announce(self, identity: str, said: Record) -> Record:
-        refuse_own({"present", "lastSeen"}, said)
-        self.store.change(lambda pen: pen.announce(identity, said))
+        patch = check_announcement(AGENT_PATCH, self.body())
+        if patch:
+            self.store.change(lambda pen: pen.announce(identity, {**existing("agents", pen.agent(identity)), **patch}))
+        elif not self.store.saw(identity):
+            raise NotFound("Agent not found")
         return {"agent": identity}
 
     def delete_agent(self, identity: str) -> Record:
         """Say that an agent has gone."""
-        if not self.store.forget(identity):
+        if not self.store.change(lambda pen: pen.store.forget(identity)):
             raise NotFound("Agent not found")
         return {"deleted": identity}
 
@@ -3592,12 +3628,19 @@ class Service:
     def tend(self) -> None:
         """Keep the journal short and the commands few, until the store is closed."""
         while not self.store.closed:
-            for work in (self.store.compact, self.retire, self.told.save):
+            for work in (self.store.compact, self.retire, self.told.save, self.forget_agents):
                 try:
                     work()
                 except (OSError, Refusal) as error:
                     log.warning("what is old must wait: %s", error)
             self.store.closing.wait(TEND_S)
+
+    def forget_agents(self) -> None:
+        """Forget the agents that have not been seen for long: a window that has crashed comes with another name."""
+        before = self.store.clock() - FORGOTTEN_S * 1000
+        for name, seen in self.store.agents_seen().items():
+            if seen < before:
+                self.store.change(lambda pen, name=name: pen.store.forget(name))  # type: ignore[misc]
 
     def retire(self) -> int:
         """Move to archive/ what ended long ago, and someone was told of; return how many commands that were."""
@@ -3671,12 +3714,22 @@ def decoded(text: str, encoding: str) -> bytes:
         raise Malformed("data", "is not base64") from None
 
 
+def give_up_execution(pen: Pen, identity: str, deserted: bool) -> Record:
+    """Return the command after its time is over, or if it is *deserted*, there is nobody to take it."""
+    known = existing("commands", pen.get("commands", identity))
+    if known["status"] in ENDED:
+        return known
+    if deserted and known["status"] == "pending":
+        return put_command(pen, known, fail(known, "expired", "the IDE that was to take it is gone", pen.now))
+    return put_command(pen, known, cancel(known, pen.now))
+
+
 def withdraw(pen: Pen, questions: Iterable[Record]) -> None:
     """End those *questions* that are still open although what asked for them has ended."""
     for question in questions:
         asking = pen.get("commands", question["executionId"])
         if asking and asking["status"] in ENDED and pen.get("commands", question["id"]) == question:
-            outcome = "cancelled" if asking["outcome"] == "cancelled" else "expired"
+            outcome = "cancelled" if asking.get("outcome") == "cancelled" else "expired"
             error = f"nobody answered before {question['executionId']}, which asked, ended"
             put_command(pen, question, fail(question, outcome, error, pen.now))
 

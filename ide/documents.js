@@ -10,6 +10,9 @@ const { documentId, standing, isContested } = require("./rules.js");
 
 const FILE_BYTES = 4 << 20; // larger ones are no documents
 const FILES = 2000; // of a folder
+const LISTED = 20; // of the files that are about to be pushed
+const PUSH_CHARACTERS = 4 << 20; // in a request, of which the service takes 32 MB
+const LEFT_OUT = "{**/node_modules/**,**/.git/**,**/.venv/**}"; // made by programs
 const SCHEME = "kirosync";
 
 const digest = (text) => crypto.createHash("sha256").update(text).digest("hex");
@@ -55,8 +58,8 @@ class Documents {
     for (const folder of vscode.workspace.workspaceFolders ?? []) {
       const shared = vscode.workspace.getConfiguration("kirosync", folder.uri).get("folders");
       for (const uri of (await Promise.all(shared.map((path) => filesIn(vscode.Uri.joinPath(folder.uri, path))))).flat()) {
-        const entry = this.entry(uri);
-        entries.set(entry.id, entry);
+        const entry = this.entry(uri); // none, where the settings lead out of the workspace
+        if (entry) entries.set(entry.id, entry);
       }
     }
     for (const [id, document] of Object.entries(this.there)) {
@@ -81,22 +84,40 @@ class Documents {
 
   /** Push the files at *uris*, after a question where that would replace what somebody else wrote. */
   async push(uris) {
+    await this.session.link.refresh(); // what was written a moment ago is to be known
     const found = await Promise.all(uris.map(async (uri) => ({ ...this.entry(uri), content: await textAt(uri) })));
     const texts = found.filter((file) => file.id && file.content !== undefined);
     const contested = texts.filter(({ id, content }) =>
       isContested(content, this.there[id]?.content, this.session.memory.get(`step:${id}`), digest),
     );
     const wanted = contested.length ? await this.#settle(texts, contested) : texts;
-    if (!wanted?.length) return tell(texts.length, found.length);
-    await this.session.write({ documents: Object.fromEntries(wanted.map((file) => [file.id, this.#record(file)])) });
-    for (const { id, content } of wanted) this.#inStep(id, content);
-    tell(wanted.length, found.length);
+    let pushed = 0;
+    for (const some of batches(wanted)) {
+      const documents = Object.fromEntries(some.map((file) => [file.id, this.#record(file)]));
+      if (!(await this.session.write({ documents }))) break;
+      for (const { id, content } of some) this.#inStep(id, content);
+      pushed += some.length;
+    }
+    tell(pushed, found.length);
+  }
+
+  /** Push all files of the *folder*, once the human has seen how many, and which. */
+  async pushFolder(folder) {
+    const uris = await filesIn(folder);
+    const names = uris.slice(0, LISTED).map((uri) => vscode.workspace.asRelativePath(uri));
+    const more = uris.length > LISTED ? [`and ${uris.length - LISTED} more`] : [];
+    const cut = uris.length === FILES ? [`These are the first ${FILES}; there are others.`] : [];
+    const options = { modal: true, detail: [...names, ...more, ...cut].join("\n") };
+    const question = `Push ${uris.length} files of ${vscode.workspace.asRelativePath(folder)}?`;
+    if (await vscode.window.showInformationMessage(question, options, "Push")) await this.push(uris);
   }
 
   #record({ id, uri, path, content }) {
     const open = vscode.workspace.textDocuments.find((document) => String(document.uri) === String(uri));
     const language = open ? { language: open.languageId } : {};
-    return { ...this.there[id], path, content, ...language, timestamp: this.session.link.copy.now() };
+    const there = this.there[id];
+    const timestamp = Math.max(Math.round(this.session.link.copy.now()), (there?.timestamp ?? 0) + 1); // the later wins
+    return { ...there, path, content, ...language, timestamp };
   }
 
   async #settle(texts, contested) {
@@ -111,7 +132,7 @@ class Documents {
     );
     if (chosen === "Compare") await this.compare(contested[0].uri);
     if (chosen === "Replace") return texts;
-    return chosen === "Push the Others" ? texts.filter((file) => !contested.includes(file)) : undefined;
+    return chosen === "Push the Others" ? texts.filter((file) => !contested.includes(file)) : [];
   }
 
   #inStep(id, content) {
@@ -136,30 +157,49 @@ class Documents {
     if (here === document.content) return void vscode.window.showInformationMessage("Kirosync: it is the same here");
     if (here === undefined) await vscode.window.showTextDocument(uriOf("documents", id, uri.path.split("/").at(-1)));
     else await this.compare(uri);
-    const sentence = here === undefined ? `Make ${document.path} as the server has it?` : `Replace ${document.path} by the server's version?`;
+    const path = vscode.workspace.asRelativePath(uri);
+    const sentence = here === undefined ? `Make ${path} as the server has it?` : `Replace ${path} by the server's version?`;
     if ((await vscode.window.showInformationMessage(sentence, "Take It")) !== "Take It") return;
-    await this.#replace(uri, this.there[id].content); // what is shown by now
-    await this.#inStep(id, this.there[id].content);
-  }
-
-  async #replace(uri, content) {
-    const edit = new vscode.WorkspaceEdit();
-    edit.createFile(uri, { ignoreIfExists: true });
-    await vscode.workspace.applyEdit(edit);
-    const document = await vscode.workspace.openTextDocument(uri);
-    const whole = new vscode.Range(0, 0, document.lineCount, 0);
-    const change = new vscode.WorkspaceEdit();
-    change.replace(uri, document.validateRange(whole), content); // can be undone
-    await vscode.workspace.applyEdit(change);
-    await document.save();
+    const shown = this.there[id]; // by now
+    if (!shown) return void vscode.window.showInformationMessage("Kirosync: the server has it no longer");
+    await this.#inStep(id, await replace(uri, shown.content));
   }
 }
 
-const filesIn = (folder) => vscode.workspace.findFiles(new vscode.RelativePattern(folder, "**"), undefined, FILES);
+/** Put *content* into the file at *uri*, so that it can be undone; return what it is by then. */
+const replace = async (uri, content) => {
+  const made = new vscode.WorkspaceEdit();
+  made.createFile(uri, { ignoreIfExists: true });
+  await vscode.workspace.applyEdit(made);
+  const document = await vscode.workspace.openTextDocument(uri);
+  const change = new vscode.WorkspaceEdit();
+  const lines = content.includes("\r\n") ? vscode.EndOfLine.CRLF : vscode.EndOfLine.LF;
+  const whole = document.validateRange(new vscode.Range(0, 0, document.lineCount, 0));
+  change.set(uri, [vscode.TextEdit.setEndOfLine(lines), vscode.TextEdit.replace(whole, content)]);
+  const done = (await vscode.workspace.applyEdit(change)) && (await document.save());
+  if (!done) throw new Error(`${vscode.workspace.asRelativePath(uri)} could not be written`);
+  return document.getText();
+};
+
+const filesIn = (folder) => vscode.workspace.findFiles(new vscode.RelativePattern(folder, "**"), LEFT_OUT, FILES);
+
+/** Yield *files* in parts that fit into a request. */
+const batches = function* (files) {
+  let [some, size] = [[], 0];
+  for (const file of files) {
+    if (some.length && size + file.content.length > PUSH_CHARACTERS) {
+      yield some;
+      [some, size] = [[], 0];
+    }
+    some.push(file);
+    size += file.content.length;
+  }
+  if (some.length) yield some;
+};
 
 const tell = (pushed, asked) => {
   const left = asked > pushed ? `; ${asked - pushed} stayed (no text, too large, outside of the workspace, or not wanted)` : "";
   vscode.window.setStatusBarMessage(`Kirosync: ${pushed} pushed${left}`, 5000);
 };
 
-module.exports = { Documents, filesIn, uriOf, idOf, SCHEME };
+module.exports = { Documents, uriOf, idOf, SCHEME };

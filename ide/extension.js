@@ -17,11 +17,11 @@
 const crypto = require("node:crypto");
 const os = require("node:os");
 const vscode = require("vscode");
-const { Documents, filesIn, idOf, SCHEME } = require("./documents.js");
+const { Documents, idOf, SCHEME } = require("./documents.js");
 const { Human } = require("./human.js");
-const { Link } = require("./link.js");
+const { Link, Refused } = require("./link.js");
 const { Remote } = require("./remote.js");
-const { line, cut, allows, endingOf } = require("./rules.js");
+const { line, cut, allows, endingOf, nameOfWindow } = require("./rules.js");
 const { runInTerminal } = require("./terminal.js");
 const views = require("./views.js");
 
@@ -33,11 +33,8 @@ const settings = () => vscode.workspace.getConfiguration("kirosync");
 
 const folders = () => (vscode.workspace.workspaceFolders ?? []).map(({ uri }) => uri.fsPath);
 
-/** Return a name that no other window has: several windows are several agents. */
-const nameOfWindow = () => {
-  const folder = vscode.workspace.workspaceFolders?.[0]?.name ?? "no folder";
-  return cut(`${os.hostname()}/${folder}`.replace(/[\0-\x1f]/g, ""), 100) + `#${crypto.randomBytes(3).toString("hex")}`;
-};
+/** Return the patterns of commands that may be executed; none, if somebody has made something else of the setting. */
+const allowed = () => [settings().get("allowedCommands")].flat().filter((pattern) => typeof pattern === "string");
 
 /** What this window is connected to, and what follows from it. */
 class Session {
@@ -53,7 +50,7 @@ class Session {
   };
   bar = vscode.window.createStatusBarItem("kirosync", vscode.StatusBarAlignment.Left, 10);
   log = vscode.window.createOutputChannel("Kirosync", { log: true });
-  #name = nameOfWindow();
+  #name = nameOfWindow(os.hostname(), vscode.workspace.name ?? "no folder", crypto.randomBytes(3).toString("hex"));
   #turn = Promise.resolve(); // connecting and disconnecting, one after the other
   #stirred;
   #focused;
@@ -109,12 +106,13 @@ class Session {
       execute: (command, given) => vscode.commands.executeCommand(command, ...given),
       parseUri: (text) => vscode.Uri.parse(text, true),
       folders,
-      settings: () => ({ on: settings().get("remoteControl"), allowed: settings().get("allowedCommands") }),
+      settings: () => ({ on: settings().get("remoteControl") === true, allowed: allowed() }),
     };
   }
 
   async #disconnect() {
     const { link, remote } = this;
+    link?.removeAllListeners();
     this.link = this.remote = null;
     await remote?.close();
     await link?.close();
@@ -127,20 +125,20 @@ class Session {
 
   /** What this window says of itself to the others. */
   async #about() {
-    const allowed = settings().get("allowedCommands");
+    const patterns = allowed();
     const commands = await vscode.commands.getCommands(true);
     return {
       kind: "ide",
       types: this.#types(),
       version: `${vscode.env.appName} ${vscode.version}`,
-      availableCommands: commands.filter((command) => allows(allowed, command)).sort(),
+      availableCommands: commands.filter((command) => allows(patterns, command)).sort(),
       workspaceFolders: folders(),
       ...(this.#focused ? { focusedAt: this.#focused } : {}),
     };
   }
 
   #types() {
-    return settings().get("remoteControl") ? ["kiro_command"] : [];
+    return settings().get("remoteControl") === true ? ["kiro_command"] : [];
   }
 
   /** Tell the others that this window is another than it was. */
@@ -187,36 +185,56 @@ class Session {
     return vscode.Uri.joinPath(this.context.globalStorageUri, "unsent");
   }
 
+  /** Write *push* to the service, now or when it is there; return whether it was not refused. */
   async write(push) {
     const { link } = this;
-    const file = vscode.Uri.joinPath(this.#kept, `${crypto.randomUUID()}.json`);
-    const text = JSON.stringify({ url: link.service.url, push });
-    await vscode.workspace.fs.createDirectory(this.#kept);
-    await vscode.workspace.fs.writeFile(file, new TextEncoder().encode(text));
-    await this.#send(link, file, push);
+    const file = await this.#keep({ url: link.service.url, push });
+    const taken = await this.#send(link, file, push);
     if (link.copy.outbox.length) vscode.window.setStatusBarMessage("Kirosync: kept; it is sent when the service is there", 5000);
     this.#heardOwn(push);
+    return taken;
+  }
+
+  /** Keep *said* in a file, whole or not at all; return where. */
+  async #keep(said) {
+    const file = vscode.Uri.joinPath(this.#kept, `${crypto.randomUUID()}.json`);
+    const aside = file.with({ path: `${file.path}.new` });
+    await vscode.workspace.fs.createDirectory(this.#kept);
+    await vscode.workspace.fs.writeFile(aside, new TextEncoder().encode(JSON.stringify(said)));
+    await vscode.workspace.fs.rename(aside, file);
+    return file;
   }
 
   async #send(link, file, push) {
     try {
       await link.copy.write(push);
-      if (link.copy.outbox.length) return; // it is not there yet
+      if (!link.copy.outbox.length) await this.#forget(file); // else it is not there yet
+      return true;
     } catch (problem) {
-      vscode.window.showErrorMessage(`Kirosync: the service did not take it: ${problem.message}`);
+      if (!(problem instanceof Refused)) throw problem;
+      const place = vscode.Uri.joinPath(this.context.globalStorageUri, "refused", file.path.split("/").at(-1));
+      await vscode.workspace.fs.rename(file, place, { overwrite: true });
+      vscode.window.showErrorMessage(`Kirosync: the service did not take it: ${problem.message}. It is kept in ${place.fsPath}`);
+      return false;
     }
-    await vscode.workspace.fs.delete(file).then(undefined, () => {}); // another window was faster
+  }
+
+  #forget(file) {
+    return vscode.workspace.fs.delete(file).then(undefined, () => {}); // another window was faster
   }
 
   /** Send what a window could not: merging is idempotent, so it does no harm where it was sent after all. */
   async #sendKept() {
     const { link } = this;
     const files = await vscode.workspace.fs.readDirectory(this.#kept).then((found) => found, () => []);
-    for (const [name] of files) {
+    for (const [name] of files.filter(([name]) => name.endsWith(".json"))) {
       const file = vscode.Uri.joinPath(this.#kept, name);
-      const text = await vscode.workspace.fs.readFile(file).then((bytes) => new TextDecoder().decode(bytes), () => "{}");
-      const { url, push } = JSON.parse(text);
-      if (url === link.service.url) await this.#send(link, file, push);
+      try {
+        const { url, push } = JSON.parse(new TextDecoder().decode(await vscode.workspace.fs.readFile(file)));
+        if (url === link.service.url) await this.#send(link, file, push);
+      } catch (problem) {
+        this.log.warn(`${file.fsPath} could not be sent: ${problem.message}`); // nor does it keep the others
+      }
     }
   }
 
@@ -287,7 +305,7 @@ const ACTIONS = {
   async remoteControlOn() {
     const detail =
       "Who has its token may then do with this editor what you can do, terminals included, so far as the setting " +
-      `kirosync.allowedCommands lets them. Now it allows: ${settings().get("allowedCommands").join(", ")}`;
+      `kirosync.allowedCommands lets them. Now it allows: ${allowed().join(", ")}`;
     const question = `Let others execute editor commands here, by ${settings().get("url")}?`;
     const chosen = await vscode.window.showWarningMessage(question, { modal: true, detail }, "Switch It On");
     if (chosen) await settings().update("remoteControl", true, vscode.ConfigurationTarget.Global);
@@ -328,13 +346,14 @@ const ACTIONS = {
     if (content) await append(session, id, "user", content, { initiatedBy: "ide" });
   },
 
-  async pushFile(session, chosen) {
-    const uri = uriIn(chosen) ?? vscode.window.activeTextEditor?.document.uri;
+  async pushFile(session) {
+    const uri = vscode.window.activeTextEditor?.document.uri;
     if (!uri) return void vscode.window.showInformationMessage("Kirosync: no file is open");
     await connected(session).documents.push([uri]);
   },
 
-  pushFolder: async (session, uri) => connected(session).documents.push(await filesIn(uri)),
+  push: (session, chosen, all = [chosen]) => connected(session).documents.push(all.map(uriIn)),
+  pushFolder: (session, uri) => connected(session).documents.pushFolder(uri),
 
   async pushFolders(session) {
     const entries = await connected(session).documents.list();

@@ -59,8 +59,8 @@ class Human {
       "Answer",
       "Refuse",
     );
-    if (chosen === "Answer") await this.answer(question.id);
-    if (chosen === "Refuse") await this.refuse(question.id);
+    const act = { Answer: () => this.answer(question.id), Refuse: () => this.refuse(question.id) }[chosen];
+    await act?.().catch((problem) => vscode.window.showErrorMessage(`Kirosync: ${problem.message}`));
   }
 
   /** Have the human answer the question *id*, or one of their choice. */
@@ -69,15 +69,17 @@ class Human {
     if (!question) return;
     const kind = question.inputType ?? "text";
     const value = await ASK[kind](question);
-    if (value === undefined) return;
-    const answer = await this.session.link.service.request(
-      "POST",
-      "/api/kiro/input",
-      JSON.stringify({ value, type: kind, executionId: question.id }),
-    );
-    if (answer.status === 200) return;
-    const said = JSON.parse(answer.text);
-    vscode.window.showWarningMessage(`Kirosync: the answer was not taken: ${said.message ?? said.error}`);
+    if (value !== undefined) await this.#send(JSON.stringify({ value, type: kind, executionId: question.id }));
+  }
+
+  /** Send an answer, for as long as it takes, or the human wants. */
+  async #send(answer) {
+    const { link } = this.session;
+    const warn = ({ message }) => vscode.window.setStatusBarMessage(`Kirosync: your answer waits: ${message}`, 2000);
+    const said = await link.insist(() => link.service.request("POST", "/api/kiro/input", answer), warn);
+    if (said.status === 200) return;
+    const { message, error } = JSON.parse(said.text);
+    vscode.window.showWarningMessage(`Kirosync: the answer was not taken: ${message ?? error}`);
   }
 
   async refuse(id) {

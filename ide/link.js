@@ -18,6 +18,7 @@ const STAY_S = 60; // between looks whether the service still knows us; it sees 
  */
 class Link extends EventEmitter {
   #timer;
+  #unsaid = false; // something of this window, that the service is to know
   #said = Promise.resolve(); // the last that was said of this window
 
   constructor(url, token, name, about) {
@@ -33,16 +34,41 @@ class Link extends EventEmitter {
   /** Stay in step until `close` is called. */
   async run() {
     this.#timer = setInterval(() => this.#stay(), STAY_S * 1000);
-    await this.copy.follow(
-      (change) => {
-        if (Object.keys(change.lost).length) this.announce(); // another state directory: it may not know us
-        this.emit("change", change);
-      },
-      (problem) => {
-        if (!problem) this.announce();
-        this.#become(problem ? "offline" : "online", problem?.message ?? "");
-      },
-    );
+    while (!this.copy.closed) {
+      try {
+        await this.copy.follow(
+          (change) => this.#tell(change),
+          (problem) => this.#feel(problem),
+        );
+      } catch (defect) {
+        this.#feel(defect); // or what the service refuses to be asked
+        await pause(TROUBLE_S);
+      }
+    }
+  }
+
+  #feel(problem) {
+    this.#become(problem ? "offline" : "online", problem?.message ?? "");
+    if (!problem) this.announce();
+  }
+
+  /** Tell of a *change*: what goes wrong there must not keep us from the next. */
+  #tell(change) {
+    try {
+      if (Object.keys(change.lost).length) this.announce(); // another state directory: it may not know us
+      this.emit("change", change);
+    } catch (defect) {
+      this.emit("trouble", defect);
+    }
+  }
+
+  /** Bring the copy in step now, if the service can be reached. */
+  async refresh() {
+    try {
+      this.#tell(await this.copy.sync());
+    } catch (problem) {
+      if (!(problem instanceof kirosync.Unreachable)) throw problem;
+    }
   }
 
   get here() {
@@ -53,10 +79,12 @@ class Link extends EventEmitter {
   announce(changes) {
     this.#said = this.#said.then(async () => {
       try {
-        const known = changes && (await this.service.ask("PATCH", this.here, changes));
+        const known = changes && !this.#unsaid && (await this.service.ask("PATCH", this.here, changes));
         if (!known) await this.service.ask("PUT", this.here, await this.about());
+        this.#unsaid = false;
       } catch (problem) {
-        if (!(problem instanceof kirosync.Unreachable)) this.emit("trouble", problem);
+        this.#unsaid = true;
+        this.emit("trouble", problem);
       }
     });
     return this.#said;
@@ -78,21 +106,32 @@ class Link extends EventEmitter {
     return this.service.ask("PATCH", at(id), patch);
   }
 
-  /** Queue a command, once however often it is sent; return its id. */
+  /** Queue a command, once however often it has to be sent; return its id. */
   async post(order) {
     const headers = { "Idempotency-Key": crypto.randomUUID() };
-    return (await this.service.ask("POST", "/command", order, { headers })).commandId;
+    const said = await this.insist(() => this.service.ask("POST", "/command", order, { headers }));
+    return said.commandId;
   }
 
   /** Return the command when it has ended. */
   async ended(id) {
+    const ask = () => this.service.ask("GET", `${at(id)}?wait=${HELD_S}`, undefined, { held: HELD_S });
+    for (;;) {
+      const command = await this.insist(ask);
+      if (!command) throw new Error("the command was removed from the queue");
+      if (isEnded(command)) return command;
+      await pause(UNHELD_S); // the service may have too many who wait, and not have held us
+    }
+  }
+
+  /** Return what *ask* returns, once the service can be reached; *troubled* is told what stands in the way. */
+  async insist(ask, troubled = () => {}) {
     for (;;) {
       try {
-        const command = await this.service.ask("GET", `${at(id)}?wait=${HELD_S}`, undefined, { held: HELD_S });
-        if (!command) throw new Error("the command was removed from the queue");
-        if (["completed", "failed"].includes(command.status)) return command;
+        return await ask();
       } catch (problem) {
         if (!(problem instanceof kirosync.Unreachable) || this.copy.closed) throw problem;
+        troubled(problem);
         await pause(RETRY_S);
       }
     }
@@ -113,10 +152,14 @@ class Link extends EventEmitter {
 }
 
 const HELD_S = 50; // a question waits for its answer
-const RETRY_S = 2; // after the service could not be reached
+const UNHELD_S = 0.5; // between such questions
+const RETRY_S = 1; // after the service could not be reached
+const TROUBLE_S = 10; // after something that trying again does not mend by itself
 
 const pause = (seconds) => new Promise((resolve) => setTimeout(resolve, seconds * 1000));
 
+const isEnded = (command) => ["completed", "failed"].includes(command.status);
+
 const at = (id) => `/command/${encodeURIComponent(id)}`;
 
-module.exports = { Link, pause, at, Unreachable: kirosync.Unreachable, Refused: kirosync.Refused };
+module.exports = { Link, pause, at, isEnded, UNHELD_S, Unreachable: kirosync.Unreachable, Refused: kirosync.Refused };

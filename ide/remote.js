@@ -5,19 +5,41 @@
 
 const { AsyncLocalStorage } = require("node:async_hooks");
 const crypto = require("node:crypto");
-const { pause, Unreachable } = require("./link.js");
+const { isEnded } = require("./link.js");
 const { argument, textOf, allows, isFor, isOpen } = require("./rules.js");
 
 const AT_ONCE = 3; // as many as the service lets one execute
 const LEASE_S = 20; // an editor that is closed without a word is noticed after this
 const RENEW_S = 6;
-const RETRY_S = 0.5; // between tries to report
 const LONGEST_S = 3600; // of a command that does not say how long it may take
 const GONE = "the window of the editor was closed";
 
-class Cancelled extends Error {}
-class Late extends Error {}
+class Cancelled extends Error {
+  name = "Cancelled";
+}
+
+class Late extends Error {
+  name = "Late";
+}
+
 const OUTCOMES = new Map([[Cancelled, "cancelled"], [Late, "timeout"]]);
+
+/** A command while it is ours: who we are to the service, and how it can be ended before its end. */
+class Run {
+  constructor(command, agent) {
+    this.command = command;
+    this.held = { agent, claim: crypto.randomUUID() };
+    this.stopped = new Promise((resolve, reject) => (this.stop = reject));
+    this.stopped.catch(() => {}); // it may be stopped where nobody waits for it any more
+  }
+
+  /** Take in how the service has it, which may be as it was before our claim. */
+  see(command) {
+    const attempt = this.held.attempt ?? Infinity;
+    if (!command || isEnded(command) || command.attempt > attempt) this.stop(new Cancelled("it was taken from this window"));
+    else if (command.cancelRequested) this.stop(new Cancelled(NOT_STOPPED));
+  }
+}
 
 /**
  * What is executed in this window for others.
@@ -39,10 +61,9 @@ class Remote {
     return [...this.#running.values()].map((run) => run.command);
   }
 
-  /** The id of the command on whose behalf this is called, if that can be told. */
+  /** The id of the command on whose behalf this is called, as far as that can be told. */
   get current() {
-    const known = this.#context.getStore();
-    return known ?? (this.#running.size === 1 ? [...this.#running.keys()][0] : undefined);
+    return this.#context.getStore();
   }
 
   /** Take in which commands have changed. */
@@ -51,9 +72,7 @@ class Remote {
       const command = this.link.copy.state.commands[id];
       if (command?.status === "pending" && isFor(command, this.link.name, this.editor.folders())) this.#waiting.add(id);
       else this.#waiting.delete(id);
-      const run = this.#running.get(id);
-      if (run && (!command || command.status !== "processing")) run.stop(new Cancelled("it was taken from this window"));
-      else if (command?.cancelRequested) run?.stop(new Cancelled(NOT_STOPPED));
+      this.#running.get(id)?.see(command);
     }
     this.look();
   }
@@ -62,8 +81,12 @@ class Remote {
   look() {
     for (const id of this.#waiting) {
       const command = this.link.copy.state.commands[id];
-      const refusal = this.#refusal(command);
       if (this.#running.has(id)) continue;
+      if (command?.status !== "pending") {
+        this.#waiting.delete(id);
+        continue;
+      }
+      const refusal = this.#refusal(command);
       if (refusal && command.target !== this.link.name) continue; // another window may take it
       if (this.#running.size >= AT_ONCE) return;
       this.#waiting.delete(id);
@@ -80,17 +103,15 @@ class Remote {
   }
 
   async #take(command, refusal) {
-    const held = { agent: this.link.name, claim: crypto.randomUUID() };
-    const run = { command, held, stop: () => {} };
+    const run = new Run(command, this.link.name);
     this.#running.set(command.id, run);
     try {
-      const claimed = await this.link.report(command.id, { ...held, status: "processing", lease: LEASE_S });
-      if (!claimed) return;
-      run.held = { ...held, attempt: claimed.attempt };
+      if (!(await this.#claim(run)) || this.link.copy.closed) return;
       this.changed();
       const report = refusal ? { outcome: "refused", error: refusal } : await this.#perform(run);
       this.log(command, report);
-      if (!this.link.copy.closed) await this.#insist(run, report);
+      const patch = { status: "failed", ...report, ...run.held };
+      await this.link.insist(() => this.link.report(command.id, patch));
     } catch (problem) {
       this.log(command, { outcome: "lost", error: problem.message });
     } finally {
@@ -100,20 +121,26 @@ class Remote {
     }
   }
 
+  /** Claim a run, or renew the claim; return null if it is not ours. */
+  async #claim(run) {
+    const patch = { ...run.held, status: "processing", lease: LEASE_S };
+    const claimed = await this.link.insist(() => this.link.report(run.command.id, patch));
+    if (claimed) run.held.attempt = claimed.attempt;
+    return claimed;
+  }
+
   /** Execute what was claimed, and return the report. */
   async #perform(run) {
     const { command, args = [], timeout = LONGEST_S } = run.command;
     const began = performance.now();
     this.log(run.command);
     const renewal = setInterval(() => this.#renew(run), RENEW_S * 1000);
-    let limit;
+    const late = () => run.stop(new Late(`not done after ${timeout} s; ${NOT_STOPPED}`));
+    const limit = setTimeout(late, timeout * 1000);
     try {
-      const stopped = new Promise((resolve, reject) => {
-        run.stop = reject;
-        limit = setTimeout(() => reject(new Late(`not done after ${timeout} s; ${NOT_STOPPED}`)), timeout * 1000);
-      });
       const given = args.map((text) => argument(text, this.editor.parseUri));
-      const value = await this.#context.run(run.command.id, () => Promise.race([this.editor.execute(command, given), stopped]));
+      const executed = this.#context.run(run.command.id, () => this.editor.execute(command, given));
+      const value = await Promise.race([executed, run.stopped]);
       const durationMs = Math.round(performance.now() - began);
       return { status: "completed", result: { output: textOf(value), durationMs } };
     } catch (error) {
@@ -125,23 +152,8 @@ class Remote {
   }
 
   async #renew(run) {
-    const renewed = await this.link
-      .report(run.command.id, { ...run.held, status: "processing", lease: LEASE_S })
-      .catch(() => run.command); // it could not be asked: the lease outlasts that for a while
+    const renewed = await this.#claim(run).catch(() => run.command); // the window is about to close
     if (!renewed) run.stop(new Cancelled("it was given up: this window was not heard of for too long"));
-  }
-
-  /** Send the *report* of a run until it is taken, or it is too late. */
-  async #insist(run, report) {
-    const patch = { status: "failed", ...report, ...run.held };
-    for (;;) {
-      try {
-        return await this.link.report(run.command.id, patch);
-      } catch (problem) {
-        if (!(problem instanceof Unreachable) || this.link.copy.closed) throw problem;
-        await pause(RETRY_S);
-      }
-    }
   }
 
   /** Report all that is being executed as lost, for the window is about to close. */

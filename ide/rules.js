@@ -74,6 +74,13 @@ const documentId = (root, path, digest) => {
   return `${digest(id).slice(0, 40)}-${end}`;
 };
 
+/** Return the name of a window: *host* and *folder*, and a *mark* that no other window has. */
+const nameOfWindow = (host, folder, mark) => {
+  const told = [...`${host}/${folder}`.replace(/[\u0000-\u001f\u007f-\u009f]/g, "")];
+  while (Buffer.byteLength(encodeURIComponent(told.join(""))) > NAME_BYTES / 2) told.pop();
+  return `${told.join("")}#${mark}`;
+};
+
 /** Return how a file stands, whose content *here* and *there* is given, undefined where there is none. */
 const standing = (here, there) => {
   if (here === undefined) return "there";
@@ -123,15 +130,15 @@ const endingOf = (command) => {
 };
 
 /** Return the question that the arguments of `kirosync.askUser` stand for. */
-const questionOf = (prompt, options = {}) => {
+const questionOf = (prompt, options) => {
   if (typeof prompt !== "string" || !prompt.trim()) throw new TypeError("kirosync.askUser wants the question as a text");
-  const { inputType = options.choices ? "choice" : "text", choices, expiresIn, executionId } = options ?? {};
+  const { choices, inputType = choices ? "choice" : "text", expiresIn, executionId } = options ?? {};
   const given = { inputType, choices, expiresIn, executionId };
   const said = Object.fromEntries(Object.entries(given).filter(([, value]) => value !== undefined));
   return { type: "user_input", prompt, ...said };
 };
 
 module.exports = {
-  ...{ argument, textOf, allows, contains, isFor, isOpen, documentId, standing, isContested, line, cut, titleOf },
+  ...{ argument, textOf, allows, contains, isFor, isOpen, documentId, nameOfWindow, standing, isContested, line, cut, titleOf },
   ...{ closed, markdownOf, endingOf, questionOf },
 };

@@ -4,11 +4,10 @@
 "use strict";
 
 const vscode = require("vscode");
-const { pause, at, Unreachable } = require("./link.js");
+const { pause, at, UNHELD_S } = require("./link.js");
 const { endingOf } = require("./rules.js");
 
 const HELD_S = 20; // a question waits for more output
-const RETRY_S = 2; // after the service could not be reached
 const SIZE = { columns: 80, rows: 24 }; // of a terminal that does not say
 const CTRL_C = "\x03";
 const KEPT_CHARACTERS = 64 << 10; // of the output, for the conversation
@@ -19,18 +18,19 @@ const dim = (text) => `\r\n\x1b[2m${text}\x1b[0m\r\n`;
 class ServerTerminal {
   #write = new vscode.EventEmitter();
   #close = new vscode.EventEmitter();
+  #posted; // the id of the command, once it is queued
   #typing = Promise.resolve(); // what was typed is sent in its order
   #typed = 0; // bytes
   #decoder = new TextDecoder();
   #shown = "";
-  #id;
   #over = false;
   onDidWrite = this.#write.event;
   onDidClose = this.#close.event;
 
   constructor(link, command, more) {
     Object.assign(this, { link, command, more });
-    this.ended = new Promise((resolve) => (this.tell = resolve));
+    this.ended = new Promise((resolve, reject) => Object.assign(this, { resolve, reject }));
+    this.ended.catch(() => {}); // it is shown here; who else wants to know asks
   }
 
   async open(size) {
@@ -38,13 +38,16 @@ class ServerTerminal {
       const { columns, rows } = size ?? SIZE;
       const order = { type: "execute_bash", command: this.command, pty: true, stdin: true, columns, rows, ...this.more };
       this.#print(`\x1b[1m$ ${this.command.replace(/\n/g, "\r\n  ")}\x1b[0m\r\n`);
-      this.#id = await this.link.post(order);
-      await this.#follow();
-      const command = await this.link.ended(this.#id);
+      this.#posted = this.link.post(order);
+      this.#typing = this.#posted.catch(() => {});
+      const id = await this.#posted;
+      await this.#follow(id);
+      const command = await this.link.ended(id);
       this.#print(dim(endingOf(command)));
-      this.tell([command, this.#shown]);
+      this.resolve([{ ...command, id }, this.#shown]);
     } catch (problem) {
       this.#print(dim(problem.message));
+      this.reject(problem);
     }
     this.#over = true;
   }
@@ -54,48 +57,51 @@ class ServerTerminal {
   }
 
   /** Print what the command prints, until it has ended. */
-  async #follow() {
-    let [offset, ended, warned] = [0, false, false];
-    while (!ended && !this.#over) {
-      try {
-        const path = `${at(this.#id)}/output?wait=${HELD_S}&offset=${offset}`;
-        const answer = await this.link.service.request("GET", path, undefined, { held: HELD_S });
-        if (answer.status !== 200) throw new Error(`the output cannot be read: ${answer.text}`);
-        const text = this.#decoder.decode(answer.bytes, { stream: true }); // a character may come in two parts
-        this.#shown = (this.#shown + text).slice(-KEPT_CHARACTERS);
-        this.#print(text);
-        offset = Number(answer.headers.get("X-Output-Next"));
-        ended = answer.headers.get("X-Output-End") === "true";
-        if (answer.headers.get("X-Command-Status") === "pending" && !warned) {
-          this.#print(dim("it waits for an agent to take it; Ctrl-C cancels it"));
-          warned = true;
-        }
-      } catch (problem) {
-        if (!(problem instanceof Unreachable) || this.link.copy.closed) throw problem;
-        this.#print(dim(`${problem.message}; trying again`));
-        await pause(RETRY_S);
+  async #follow(id) {
+    let [offset, warned] = [0, false];
+    const ask = () => {
+      const path = `${at(id)}/output?wait=${HELD_S}&offset=${offset}`;
+      return this.link.service.request("GET", path, undefined, { held: HELD_S });
+    };
+    while (!this.#over) {
+      const answer = await this.link.insist(ask, (problem) => this.#print(dim(`${problem.message}; trying again`)));
+      if (answer.status !== 200) throw new Error(`the output cannot be read: ${answer.text}`);
+      this.#show(this.#decoder.decode(answer.bytes, { stream: true })); // a character may come in two parts
+      offset = Number(answer.headers.get("X-Output-Next"));
+      if (answer.headers.get("X-Output-End") === "true") return;
+      if (!answer.bytes.length) {
+        if (answer.headers.get("X-Command-Status") === "pending" && !warned) this.#print(dim(WAITS));
+        warned = true;
+        await pause(UNHELD_S); // the service may have too many who wait, and not have held us
       }
     }
+  }
+
+  #show(text) {
+    this.#shown = (this.#shown + text).slice(-KEPT_CHARACTERS);
+    this.#print(text);
   }
 
   handleInput(text) {
     if (this.#over) this.#close.fire();
     else if (text.includes(CTRL_C)) this.#cancel();
-    else if (this.#id) this.#type(text);
+    else this.#type(text);
   }
 
   async #cancel() {
-    if (!this.#id) return;
     this.#print("^C");
-    const told = await this.link.cancel(this.#id).catch((problem) => this.#print(dim(problem.message)));
+    const cancel = async () => this.link.cancel(await this.#posted);
+    const told = await this.link.insist(cancel).catch((problem) => this.#print(dim(problem.message)));
     if (told === null) this.#print(dim("it has ended already"));
   }
 
-  #type(text) {
-    const offset = this.#typed;
-    this.#typed += Buffer.byteLength(text);
+  #type(data) {
+    const offset = this.#typed; // sent again it is not typed again
+    this.#typed += Buffer.byteLength(data);
+    const send = async () => this.link.service.ask("POST", `${at(await this.#posted)}/input`, { data, offset });
     this.#typing = this.#typing
-      .then(() => this.link.service.ask("POST", `${at(this.#id)}/input`, { data: text, offset }))
+      .then(() => this.link.insist(send))
+      .then((said) => said ?? this.#print(dim("it does not read what you type any more")))
       .catch((problem) => this.#print(dim(`what you typed was not sent: ${problem.message}`)));
   }
 
@@ -104,9 +110,11 @@ class ServerTerminal {
     if (this.#over) return;
     this.#over = true;
     const chosen = await vscode.window.showInformationMessage(`It goes on on the server: ${this.command}`, "Cancel It");
-    if (chosen) await this.link.cancel(this.#id);
+    if (chosen) await this.#cancel();
   }
 }
+
+const WAITS = "it waits for an agent to take it; Ctrl-C cancels it";
 
 /** Run a *command* on the server in a terminal of its own; resolve to [command, output] when it has ended. */
 const runInTerminal = (link, command, more) => {

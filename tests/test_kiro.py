@@ -247,14 +247,14 @@ def test_an_ide_that_died_a_moment_ago_is_503_not_responding_and_the_command_is_
     assert (said.status_code, said.json()["reason"]) == (503, "not_responding")
     assert time.monotonic() - began < 22  # 15 s after it was last seen
     identity = said.json()["executionId"]
-    assert (command(server, identity)["status"], command(server, identity)["outcome"]) == ("failed", "cancelled")
+    assert (command(server, identity)["status"], command(server, identity)["outcome"]) == ("failed", "expired")
     assert execute(server, "object").json()["message"] == "Kiro IDE is not responding to commands"
     assert len(server.ask("GET", "/commands").json()["commands"]) == 1  # nothing more was queued
 
 
 def test_an_ide_that_dies_in_the_middle_is_422_and_the_command_ends(server, ide):
     result = in_background(lambda: execute(server, "slow"))
-    busy(server)
+    until(lambda: status_of(server)["executions"] and ide.executed)
     ide.die()
     said = result()
     assert said.status_code == 422
@@ -346,8 +346,7 @@ def test_respond_async_answers_202_with_the_id_at_once(server, ide):
 def test_when_too_many_wait_the_newest_is_answered_at_once_and_goes_on(state, tmp_path, start):
     server = start(Server, state, tmp_path / "log", "--threads", "4")
     cursor = server.ask("GET", "/sync").json()["cursor"]
-    path = f"{server.url}/sync?only=documents&wait=20&since={cursor}"
-    held = [in_background(lambda: requests.get(path, headers=HEADERS, timeout=60)) for _ in range(2)]
+    held = [in_background(lambda: be_held(server, cursor)) for _ in range(2)]
     until(lambda: is_answered_at_once(server, cursor))
     ide = Ide(server.url)
     said = execute(server, "slow")
@@ -357,6 +356,15 @@ def test_when_too_many_wait_the_newest_is_answered_at_once_and_goes_on(state, tm
     server.ask("POST", "/sync", json={"documents": {"d": {"content": "", "timestamp": 1}}})
     assert [result().status_code for result in held] == [200, 200]
     ide.die()
+
+
+def be_held(server, cursor):
+    """Return the answer to a question that was really held, not answered at once."""
+    began, answer = time.monotonic(), None
+    while answer is None or time.monotonic() - began < 0.6:
+        began = time.monotonic()
+        answer = requests.get(f"{server.url}/sync?only=documents&wait=20&since={cursor}", headers=HEADERS, timeout=60)
+    return answer
 
 
 def is_answered_at_once(server, cursor):
@@ -613,8 +621,12 @@ def test_when_what_asked_has_ended_the_question_ends_too(server, ide):
 def test_an_answer_reaches_an_agent_that_waits(server):
     identity = ask_human(server, inputType="confirmation")
     result = in_background(lambda: server.ask("GET", f"/command/{identity}?wait=20").json())
-    requests.post(f"{server.url}/api/kiro/input", headers=HEADERS,
-                  json={"value": "yes", "type": "confirmation", "executionId": identity}, timeout=10)  # fmt: skip
+    requests.post(
+        f"{server.url}/api/kiro/input",
+        headers=HEADERS,
+        json={"value": "yes", "type": "confirmation", "executionId": identity},
+        timeout=10,
+    )
     assert result()["result"] == {"value": "yes"}
 
 
@@ -696,12 +708,16 @@ def test_a_malformed_announcement_is_400(client, said, field):
     assert client.get("/agents").json == {"agents": {}}
 
 
-def test_announcements_are_bounded_in_size_and_number(client, monkeypatch):
+def test_announcements_are_bounded_in_size_and_number(client, clock, monkeypatch):
     monkeypatch.setattr(kirosync, "AGENTS", 2)
     client.put_json("/agents/a", {"kind": "agent", "types": [], "x": "y" * kirosync.ANNOUNCED_BYTES}, status=413)
     for name in ("a", "b", "a"):
         client.put_json(f"/agents/{name}", {"kind": "agent", "types": []})
-    assert "makes room" in client.put_json("/agents/c", {"kind": "agent", "types": []}, status=503).json["error"]
+    assert "as many as can be" in client.put_json("/agents/c", {"kind": "agent", "types": []}, status=503).json["error"]
+    clock.now += 20_000
+    client.patch_json("/agents/a", {})
+    client.put_json("/agents/c", {"kind": "agent", "types": []})
+    assert [*client.get("/agents").json["agents"]] == ["a", "c"]  # who was absent the longest has given way
 
 
 def test_names_of_agents_do_not_leave_their_folder(client, state):
@@ -737,7 +753,7 @@ def test_a_real_agent_announces_itself_and_says_good_bye(server, state, tmp_path
 
 def node_with_types():
     """Return a Node that runs TypeScript, or None."""
-    for node in (shutil.which("node"), Path(__file__).parents[1] / "ide" / ".host" / "node"):
+    for node in (shutil.which("node"), Path(__file__).parents[1] / "ide" / ".host" / "bin" / "node"):
         said = (
             node
             and Path(node).exists()
@@ -776,3 +792,50 @@ console.log(JSON.stringify(said));
     assert slow["success"] is True
     assert [each["command"] for each in ide.executed].count("throws") == 2
     assert [each["command"] for each in ide.executed].count("slow") == 1
+
+
+def test_patches_that_race_lose_nothing(server):
+    server.ask("PUT", "/agents/a", json={"kind": "ide", "types": []})
+    for turn in range(20):
+        threads = [
+            threading.Thread(
+                target=requests.patch,
+                args=(f"{server.url}/agents/a",),
+                kwargs={"headers": HEADERS, "json": {field: turn}, "timeout": 20},
+            )
+            for field in ("x", "y")
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        said = server.ask("GET", "/agents").json()["agents"]["a"]
+        assert (said["x"], said["y"]) == (turn, turn)
+
+
+def test_a_claim_by_a_name_that_no_file_can_have_is_a_claim_like_any_other(client):
+    identity = client.post_json("/command", {"type": "execute_bash", "command": "true"}).json["commandId"]
+    name = "語" * 100
+    assert client.patch_json(f"/command/{identity}", {"status": "processing", "agent": name}).json["agent"] == name
+
+
+def test_the_same_key_gets_the_same_answer_as_before(impatient):
+    ide = Ide(impatient.url)
+    answers = [execute(impatient, "slow", headers={"Idempotency-Key": "k"}) for _ in range(2)]
+    until(lambda: ide.cancelled)
+    until(lambda: not status_of(impatient)["executions"])
+    answers.append(execute(impatient, "slow", headers={"Idempotency-Key": "k"}))
+    assert [(each.status_code, each.json()["code"]) for each in answers] == [(408, "OPERATION_TIMEOUT")] * 3
+    assert len(ide.executed) == 1
+    ide.die()
+
+
+def test_who_was_not_seen_for_a_day_is_forgotten(store, clock):
+    service = kirosync.Service(store, TOKEN)
+    store.change(lambda pen: pen.announce("a", {"kind": "ide", "types": []}))
+    clock.now += 23 * 3600_000
+    service.forget_agents()
+    assert [*store.agents()] == ["a"]
+    clock.now += 2 * 3600_000
+    service.forget_agents()
+    assert store.agents() == {}

@@ -24,7 +24,7 @@ SLOW = 30  # s in which everything happens, on the slowest machine in its noisie
 CALM = {
     "chat.disableAIFeatures": True,
     "extensions.autoCheckUpdates": False,
-    "extensions.autoUpdate": False,
+    "extensions.autoUpdate": "off",
     "extensions.ignoreRecommendations": True,
     "git.enabled": False,
     "remote.autoForwardPorts": False,
@@ -49,6 +49,11 @@ MINT_KEY = """
     window.fetch = (what, ...how) =>
         what === "/mint-key" ? Promise.resolve(new Response(new Uint8Array(KEY))) : ask(what, ...how);
 """
+# The same box is what an extension asks with.
+PALETTE_HAS_GONE = """() => {
+    const box = document.querySelector(".quick-input-widget input.input");
+    return !box.checkVisibility() || !box.value.startsWith(">");
+}"""
 SESSION = "IDE_TEST_SESSION"  # in the environment of all that a run of pytest starts
 PLACES = {
     "notification": ".notification-list-item",
@@ -142,9 +147,8 @@ class Editor:
 
     def settings(self, settings):
         """Make these the user's settings, beside the calm ones, for the windows that are opened from now on."""
-        file = self.folder / "data/User/settings.json"
-        file.with_suffix(".new").write_text(json.dumps({**CALM, **settings}, indent=2))
-        file.with_suffix(".new").rename(file)
+        # one that is open does not look at the file again, as it would elsewhere than in a browser
+        (self.folder / "data/User/settings.json").write_text(json.dumps({**CALM, **settings}, indent=2))
 
     def install(self, extension):
         """Install *extension*, a folder or a .vsix; before the start."""
@@ -280,14 +284,15 @@ class Window:
         self.page.keyboard.press(key)
 
     def command(self, title):
-        """Run a command by the palette, as a human does."""
+        """Run a command by the palette, as a human does; return when the palette has gone."""
         self.press("F1")
         box = self.page.locator(".quick-input-widget:visible input.input").first
         expect(box).to_have_value(re.compile("^>"), timeout=SLOW * 1000)
         box.fill(f">{title}")
-        offered = self.page.locator(".quick-input-list .monaco-list-row.focused .label-name").first
-        expect(offered, f"the palette does not offer {title!r}").to_have_text(title, timeout=SLOW * 1000)
-        self.press("Enter")
+        offered = self.page.locator(f"{PLACES['choice']} .label-name", has_text=re.compile(f"^{re.escape(title)}$"))
+        expect(offered, f"the palette does not offer {title!r}").to_be_visible(timeout=SLOW * 1000)
+        offered.click()
+        self.page.wait_for_function(PALETTE_HAS_GONE)
 
     def sees(self, place, text=""):
         """Wait until there is *text* in such a *place* (a name in PLACES); return its locator."""

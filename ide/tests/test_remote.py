@@ -199,7 +199,7 @@ def test_the_window_shows_that_it_is_on_and_the_log_what_ran(service, window):
     window.sees("status", "remote control")
     output(service, "probe.echo", "noted-in-the-log")
     window.command("Kirosync: Show Log")
-    window.page.locator(".output .view-line", has_text="noted-in-the-log").first.wait_for()
+    window.page.locator(".panel .view-line", has_text="noted-in-the-log").first.wait_for()
     window.screenshot("log")
 
 

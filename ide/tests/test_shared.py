@@ -152,7 +152,7 @@ def test_a_folder_is_pushed_as_documents_and_what_differs_is_shown(service, wind
 
 def test_the_active_file_is_pushed(service, window, specs):
     row(window, "one.md")
-    window.ask("vscode.open", {"$mid": 1, "scheme": "file", "path": str(specs / "one.md")})
+    window.ask("probe.show", str(specs / "one.md"))
     until(lambda: (text_of(window) or "").startswith("# One, changed"), "the file is not open")
     window.command("Kirosync: Push the Active File")
     until(
@@ -188,8 +188,9 @@ def test_a_document_that_is_not_here_can_be_taken(service, window, specs):
 
 
 def test_a_push_that_would_replace_what_another_wrote_asks_first(service, window, specs):
-    put_document(service, id_of(window, "one.md"), "# One, by another hand\n", path=id_of(window, "one.md"))
+    (specs / "one.md").write_text("# One, changed again\n")
     expect(row(window, "one.md")).to_contain_text("differs from the server", **PATIENT)
+    put_document(service, id_of(window, "one.md"), "# One, by another hand\n", path=id_of(window, "one.md"))
     act(window, "one.md", "Push")
     window.sees("dialog", "Somebody else has changed this")
     window.screenshot("contested")
@@ -199,7 +200,7 @@ def test_a_push_that_would_replace_what_another_wrote_asks_first(service, window
     window.sees("dialog", "Somebody else has changed this")
     window.page.get_by_role("button", name="Replace").click()
     until(
-        lambda: documents(service)[id_of(window, "one.md")]["content"] == "# One, changed here\n", "it was not pushed"
+        lambda: documents(service)[id_of(window, "one.md")]["content"] == "# One, changed again\n", "it was not pushed"
     )
 
 

@@ -56,6 +56,11 @@ async function read(uri) {
   return (await vscode.workspace.openTextDocument(vscode.Uri.parse(uri))).getText();
 }
 
+/** Show the file at a path. */
+async function show(path) {
+  await vscode.window.showTextDocument(vscode.Uri.file(path), { preview: false });
+}
+
 /** Make these the user's settings, as the editor's own page of settings does. */
 async function configure(settings) {
   for (const [name, value] of Object.entries(settings)) {
@@ -74,6 +79,7 @@ const COMMANDS = {
   "probe.state": state,
   "probe.median": median,
   "probe.read": read,
+  "probe.show": show,
   "probe.configure": configure,
   "probe.ask": (...args) => vscode.commands.executeCommand("kirosync.askUser", ...args),
 };
