@@ -74,6 +74,7 @@ import urllib.parse
 import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict, TypeVar, get_args, get_origin
 
@@ -336,6 +337,8 @@ ORDERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
 }
 COMMANDS = {kind: shape(required, {**ORDER, **optional}) for kind, (required, optional, _) in ORDERS.items()}
+
+FIELDS = {kind: shape({}, {**ORDER, **required, **optional}) for kind, (required, optional, _) in ORDERS.items()}
 
 TYPED = shape({"type": Name}, {})
 
@@ -812,6 +815,8 @@ def from_hand(kind: str, found: Record, edited: int, now: int) -> Record:
         return {**found, "timestamp": max(found.get("timestamp", edited), min(edited, now))}
     if kind == "commands" and found.get("status", "pending") == "pending":
         check_command(found)
+    elif kind == "commands":
+        check(FIELDS.get(found["type"], TYPED), found, "")
     if kind == "commands" and "status" not in found:
         return new_command(found, now)
     if kind == "commands" and found["status"] == "pending" and found.get("cancelRequested"):
@@ -878,7 +883,7 @@ def execution_result(command: Record) -> Record:
     >>> execution_result({"id": "c", "status": "completed", "result": {"output": "x"}, "startedAt": 1, "endedAt": 3})
     {'success': True, 'output': 'x', 'executionTimeMs': 2, 'executionId': 'c'}
     """
-    took = round(command["endedAt"] - command.get("startedAt", command["endedAt"]))
+    took = max(0, round(command["endedAt"] - command.get("startedAt", command["endedAt"])))
     said = {"executionTimeMs": took, "executionId": command["id"]}
     if command["status"] == "completed":
         result = command.get("result")
@@ -893,6 +898,13 @@ def execution_result(command: Record) -> Record:
     raise Unexecuted(f"Command '{command['command']}' failed: {command.get('error', outcome)}", **said)
 
 
+def takes_too_long(command: Record, now: int) -> bool:
+    """Return whether an editor has not ended *command* in its time, for whoever it executes it."""
+    limit = command.get("timeout", RUN_S) * 1000
+    running = command["type"] == "kiro_command" and command["status"] == "processing"
+    return running and "cancelRequested" not in command and command.get("startedAt", now) + limit < now
+
+
 def execution_timed_out(command: Record) -> TimedOut:
     limit = round(command.get("timeout", EXECUTE_S) * 1000)
     sentence = f"Operation 'command-execution' timed out after {limit}ms (limit: {limit}ms)"
@@ -902,7 +914,7 @@ def execution_timed_out(command: Record) -> TimedOut:
 YES_OR_NO = {"yes": "yes", "y": "yes", "true": "yes", "no": "no", "n": "no", "false": "no"}
 ANSWERS: dict[str, Callable[[Record, Any], str | None]] = {  # what a value says, None if it is no answer
     "text": lambda question, value: value if isinstance(value, str) else None,
-    "choice": lambda question, value: value if value in question["choices"] else None,
+    "choice": lambda question, value: value if value in question.get("choices", []) else None,
     "file": lambda question, value: value if isinstance(value, str) and value.strip("\0 ") else None,
     "confirmation": lambda question, value: YES_OR_NO.get(str(value).strip().lower()),
 }
@@ -2022,7 +2034,9 @@ class Store:
 
     def agents_seen(self) -> dict[str, float]:
         """Return when (ms) each who has announced itself was last seen."""
-        files = (file.removesuffix(".json") for file in os.listdir(self.directory / "agents") if file.endswith(".json"))
+        folder = self.directory / "agents"
+        there = os.listdir(folder) if folder.exists() else []
+        files = (file.removesuffix(".json") for file in there if file.endswith(".json"))
         seen = {name: self.agent_seen(name) for name in map(urllib.parse.unquote, filter(is_name, files))}
         return {name: moment for name, moment in seen.items() if moment}
 
@@ -2649,6 +2663,8 @@ def check_push(push: Record) -> Record:
                 refuse_own(OWN_FIELDS, record, f"{where}.")
             if kind == "commands" and record["status"] == "pending":
                 check_command(record, where)
+            elif kind == "commands":
+                check(FIELDS.get(record["type"], TYPED), record, where)
     return push
 
 
@@ -2703,11 +2719,11 @@ def id_of_key(key: str) -> str:
     return f"cmd-{digest(key.encode())[:32]}"
 
 
-def queue(pen: Pen, order: Record, key: str = "", target: str = "") -> tuple[Record, bool]:
+def queue(pen: Pen, order: Record, key: str = "", **more: str) -> tuple[Record, bool]:
     """Return the command that *order* becomes, and whether it is one that was queued before with the same *key*.
 
     The id is made from the key, so that it is found, and remembered for as long as the command is.
-    If it is new it is for the agent *target*. Raises Malformed, or Unprocessable if the key was used for another order.
+    A new one says *more* (a target). Raises Malformed, or Unprocessable if the key was used for another order.
     """
     refuse_own(SET_LATER, check_command(order))
     sha256 = digest(canonical(order))
@@ -2718,8 +2734,7 @@ def queue(pen: Pen, order: Record, key: str = "", target: str = "") -> tuple[Rec
     if known:
         return known, True
     marks = {"idempotencyKey": key, "orderSha256": sha256} if key else {}
-    marks |= {"target": target} if target else {}
-    return put_command(pen, None, {"id": identity, **new_command(order, pen.now), **marks}), False
+    return put_command(pen, None, {"id": identity, **new_command(order, pen.now), **marks, **more}), False
 
 
 def answer_question(pen: Pen, identity: str, said: Record) -> Record:
@@ -2740,11 +2755,6 @@ def answer_question(pen: Pen, identity: str, said: Record) -> Record:
 
 def nothing_waits(execution: str) -> NotFound:
     return NotFound("nothing is waiting for this answer", success=False, executionId=execution)
-
-
-def is_question(command: Record, execution: str) -> bool:
-    """Return whether *command* asks a human on behalf of *execution*."""
-    return command["type"] == "user_input" and command.get("executionId") == execution
 
 
 def cancel_command(pen: Pen, identity: str) -> Record:
@@ -2855,20 +2865,30 @@ class Told:
 
 
 def iso(moment: float) -> str:
-    """Return a *moment* (ms) as /api/kiro and /health say it.
+    """Return a *moment* (ms) as /api/kiro and /health say it; one that no calendar has as the first, or last, that has.
 
-    >>> iso(1737282600000)
-    '2025-01-19T10:30:00Z'
+    >>> iso(1737282600000), iso(-8e15)
+    ('2025-01-19T10:30:00Z', '0001-01-01T00:00:00Z')
     """
-    return f"{datetime.datetime.fromtimestamp(moment / 1000, datetime.UTC):%FT%T}Z"
+    first, last = datetime.datetime.min, datetime.datetime.max
+    epoch = datetime.datetime(1970, 1, 1)
+    known = min(max(moment, (first - epoch) / MILLISECOND), (last - epoch) / MILLISECOND - 1000)
+    return f"{(epoch + known * MILLISECOND).isoformat(timespec='seconds')}Z"
+
+
+MILLISECOND = datetime.timedelta(milliseconds=1)
 
 
 class Open:
-    """The commands that have not ended, by id; kept in step with the store at the cost of what has changed."""
+    """The commands that have not ended, by id; kept in step with the store at the cost of what has changed.
+
+    ``questions`` are the ids of all that were ever asked on behalf of something, by the id of that.
+    """
 
     def __init__(self, store: Store) -> None:
         self.store, self.cursor, self.guard = store, "", threading.Lock()
         self.known: dict[str, Record] = {}
+        self.questions: dict[str, set[str]] = {}
 
     def look(self) -> dict[str, Record]:
         """Return them as they stand; what has not changed is the same object as before."""
@@ -2880,6 +2900,9 @@ class Open:
             for identity, entry in delta.changed["commands"].items():
                 if entry.content.status not in ENDED:
                     known[identity] = entry.record(identity)
+                if b'"user_input"' in entry.newer():  # few are: only those are looked into
+                    asking = entry.record(identity).get("executionId", "")
+                    self.questions.setdefault(asking, set()).add(identity)
             self.cursor, self.known = delta.cursor, known
             return known
 
@@ -2913,18 +2936,21 @@ class Editors:
         if key and self.store.get("commands", id_of_key(key)):
             return self.store.change(lambda pen: queue(pen, order, key))[0]
         before = self.store.clock() - REJOIN_S * 1000
-        for identity, other in [*self.callers.items()]:
+        abandoned = {identity for identity, other in [*self.callers.items()] if other.has_hung_up()}
+        for identity in abandoned:
             entry = self.store.get("commands", identity)
             if not entry or (entry.content.status in ENDED and entry.content.ended < before):
                 self.callers.pop(identity, None)
-            elif not key and other.sha256 == caller.sha256 and other.has_hung_up():
+            elif not key and self.callers[identity].sha256 == caller.sha256:
                 return entry.record(identity)
-        return None
+        orphans = (each for identity, each in self.open.look().items() if identity not in self.callers)  # by a restart
+        same = (each for each in orphans if each.get("orderSha256") == caller.sha256 and "idempotencyKey" not in each)
+        return None if key else next(same, None)
 
     def leave(self, identity: str, caller: Caller) -> None:
         """Forget the *caller* of an execution, who has the answer; one who hung up may come again for it."""
         if self.callers.get(identity) is caller and not caller.has_hung_up():
-            del self.callers[identity]
+            self.callers.pop(identity, None)
 
     def queue(self, order: Record, key: str) -> Record:
         """Queue *order* for the window that is to execute it."""
@@ -2934,7 +2960,8 @@ class Editors:
         target = window_for(order.get("workspacePath"), windows)
         if len(self.running(windows)) >= EXECUTIONS:
             raise Unexecuted(f"Maximum concurrent commands limit reached ({EXECUTIONS})")
-        return self.store.change(lambda pen: queue(pen, order, key, target))[0]
+        sha256 = digest(canonical(order))
+        return self.store.change(lambda pen: queue(pen, order, key, target=target, orderSha256=sha256))[0]
 
     def windows(self) -> dict[str, Record]:
         """Return what the windows that are there, and take commands, said of themselves, by name."""
@@ -2951,19 +2978,20 @@ class Editors:
         return Unavailable(f"Kiro IDE is not responding to commands{hint}", reason="not_responding", **details)
 
     def running(self, windows: Container[str]) -> list[Record]:
-        """Return what is being executed, or is about to be by one of *windows*, the oldest first."""
+        """Return what one of *windows* executes, or is about to, the oldest first; less what it is to end."""
         commands = [command for command in self.open.look().values() if command["type"] == "kiro_command"]
-        running = (each for each in commands if each["status"] == "processing" or each.get("target") in windows)
-        return sorted(running, key=lambda command: command["createdAt"])
+        running = (each for each in commands if each.get("agent", each.get("target")) in windows)
+        return sorted((each for each in running if "cancelRequested" not in each), key=lambda each: each["createdAt"])
 
     def is_deserted(self, command: Record, status: str) -> bool:
         """Return whether nobody is there any more to take *command*, which has this *status*."""
-        seen = self.store.agent_seen(command.get("target", ""))
-        return status == "pending" and not is_present(seen, self.store.clock())
+        return status == "pending" and not is_present(self.store.agent_seen(command["target"]), self.store.clock())
 
     def finish(self, identity: str) -> Record:
         """Return an execution that has ended; cancel one that has not, and raise why."""
-        entry = existing("commands", self.store.get("commands", identity))
+        entry = self.store.get("commands", identity)
+        if not entry:
+            raise Unexecuted("it was removed from the queue before it ended", executionId=identity)
         if entry.content.status in ENDED:
             return entry.record(identity)
         if self.store.closed:
@@ -2980,7 +3008,7 @@ class Editors:
         running = self.running(windows)
         said: Record = {"status": ("busy" if running else "ready") if windows else "unavailable"}
         if running:
-            said["currentCommand"] = running[0]["command"]
+            said["currentCommand"] = running[0].get("command", "")
         if windows and (version := windows[window_for(None, windows)].get("version")):
             said["version"] = version
         available = {command for window in windows.values() for command in window.get("availableCommands", [])}
@@ -2993,22 +3021,27 @@ class Editors:
             "executions": [shown_execution(command) for command in running],
         }
 
-    def question(self, execution: str) -> str:
-        """Return the id of the question that *execution* is, or that was asked on its behalf: the oldest that is open.
+    def question(self, said: Record) -> str:
+        """Return the id of the question that is meant by what a human *said*: named itself, or by what asked it.
 
-        If none is, the latest that was; raise NotFound if there was none.
+        The latest of those that have ended, if none is open. Raises NotFound, or Conflict if it may be another's answer.
         """
-        entry = self.store.get("commands", execution)
-        if entry and entry.record(execution)["type"] == "user_input":
-            return execution
-        if waiting := [each for each in self.open.look().values() if is_question(each, execution)]:
-            return str(min(waiting, key=lambda command: command["createdAt"])["id"])
-        told = msgspec.json.encode(execution)  # is in the text of few records: only those are decoded
-        known = self.store.all("commands").items()
-        ended = [entry.record(identity) for identity, entry in known if told in entry.content.newer(0)[0]]
-        if not (asked := [each for each in ended if is_question(each, execution)]):
+        execution = said["executionId"]
+        self.open.look()
+        identities = self.open.questions.get(execution, set()) | {execution}
+        entries = ((identity, self.store.get("commands", identity)) for identity in identities)
+        asked = {identity: entry.record(identity) for identity, entry in entries if entry}
+        asked = {identity: each for identity, each in asked.items() if each["type"] == "user_input"}
+        if not asked:
             raise nothing_waits(execution)
-        return str(max(asked, key=lambda command: command["createdAt"])["id"])
+        if execution in asked:
+            return str(execution)
+        waiting = [identity for identity, each in asked.items() if each["status"] not in ENDED]
+        before = [each for each in asked.values() if each.get("result") == {"value": said["value"]}]
+        if len(waiting) > 1 or (waiting and before):
+            problem = "more than one question was asked on its behalf; answer this one by its own id"
+            raise Conflict(problem, success=False, executionId=execution, questions=waiting)
+        return waiting[0] if waiting else max(asked, key=lambda identity: asked[identity]["createdAt"])
 
 
 class Service:
@@ -3268,7 +3301,7 @@ class Service:
         an agent that is there for as long as it does.
         """
         query, kinds, statuses = bottle.request.query, self.listed("only", KINDS), self.listed("status", NEXT)
-        agent = check_id(query.getunicode("agent"), "agent") if query.get("agent") else ""
+        agent = check_id(query.getunicode("agent", ""), "agent") if query.get("agent") else ""
         since, seconds = query.get("since"), self.seconds()
         kinds = kinds or list(KINDS)
         if since and seconds:
@@ -3531,7 +3564,7 @@ class Service:
         order, key = execution_of(self.kiro_body(), self.execute_s), self.key()
         caller = Caller(digest(canonical(order)), bottle.request.environ.get("kirosync.channel"))
         command = self.editors.start(order, key, caller)
-        at_once = "respond-async" in header("Prefer")
+        at_once = "respond-async" in {each.partition(";")[0].strip().lower() for each in header("Prefer").split(",")}
         try:
             if at_once or not self.hold_execution(command) or caller.has_hung_up():
                 return self.accepted(command["id"], at_once)
@@ -3570,13 +3603,14 @@ class Service:
         """Answer a question: {value, type: text | choice | file | confirmation, executionId}: {success, executionId}.
 
         The executionId is that of the question (a user_input), or of the execution that asks. 400 if the value does not
-        fit; 404 if nothing is waiting; 408 if it has timed out. To refuse to answer, cancel the question.
+        fit; 404 if nothing is waiting; 408 if it has timed out; 409 if it might be the answer to another question of
+        that execution. To refuse to answer, cancel the question.
         """
         try:
             said = check(ANSWER, self.kiro_body(), "")
         except Malformed as problem:
             raise ValidationFailed(str(problem), field=problem.details["field"]) from None
-        question = self.editors.question(said["executionId"])
+        question = self.editors.question(said)
         self.store.change(lambda pen: answer_question(pen, question, said))
         return {"success": True, "executionId": said["executionId"]}
 
@@ -3609,11 +3643,12 @@ class Service:
             }
             late = [command for moment, command in due.values() if moment < time.monotonic()]
             idle = [each for each in waiting.values() if self.is_idle_question(each)]
+            long = [each for each in waiting.values() if takes_too_long(each, self.store.clock())]
+            work = ((late, partial(expire, listening=self.listening)), (idle, withdraw), (long, cancel_all))
             try:
-                if late:
-                    self.store.change(lambda pen, late=late: expire(pen, late, self.listening))  # type: ignore[misc]
-                if idle:
-                    self.store.change(lambda pen, idle=idle: withdraw(pen, idle))  # type: ignore[misc]
+                for commands, rule in work:
+                    if commands:
+                        self.store.change(partial(rule, commands=commands))
             except Refusal as refusal:
                 log.warning("commands that are overdue must wait: %s", refusal)
                 self.listening = self.store.clock()  # nor could an agent report
@@ -3622,8 +3657,8 @@ class Service:
 
     def is_idle_question(self, command: Record) -> bool:
         """Return whether *command* asks a human on behalf of what has ended."""
-        asking = self.store.entries["commands"].get(command.get("executionId", ""))
-        return bool(command["type"] == "user_input" and asking and asking.content.status in ENDED)
+        asking = command["type"] == "user_input" and self.store.entries["commands"].get(str(command.get("executionId")))
+        return bool(asking and asking.content.status in ENDED)
 
     def tend(self) -> None:
         """Keep the journal short and the commands few, until the store is closed."""
@@ -3677,13 +3712,8 @@ def shown_question(question: Record) -> Record:
     """Return what waits for a human as /api/kiro/status lists it."""
     told: Record = {key: question[key] for key in ("executionId", "choices", "metadata") if key in question}
     when = {"createdAt": iso(question["createdAt"]), "expiresAt": iso(deadline(question) or 0)}
-    return {
-        "id": question["id"],
-        "prompt": question["prompt"],
-        "type": question.get("inputType", "text"),
-        **told,
-        **when,
-    }
+    said = {"prompt": question.get("prompt", ""), "type": question.get("inputType", "text")}
+    return {"id": question["id"], **said, **told, **when}
 
 
 def shown_execution(command: Record) -> Record:
@@ -3724,9 +3754,16 @@ def give_up_execution(pen: Pen, identity: str, deserted: bool) -> Record:
     return put_command(pen, known, cancel(known, pen.now))
 
 
-def withdraw(pen: Pen, questions: Iterable[Record]) -> None:
-    """End those *questions* that are still open although what asked for them has ended."""
-    for question in questions:
+def cancel_all(pen: Pen, commands: Iterable[Record]) -> None:
+    """Cancel those *commands* that are still as they were."""
+    for command in commands:
+        if pen.get("commands", command["id"]) == command:
+            put_command(pen, command, cancel(command, pen.now))
+
+
+def withdraw(pen: Pen, commands: Iterable[Record]) -> None:
+    """End those questions among *commands* that are still open although what asked for them has ended."""
+    for question in commands:
         asking = pen.get("commands", question["executionId"])
         if asking and asking["status"] in ENDED and pen.get("commands", question["id"]) == question:
             outcome = "cancelled" if asking.get("outcome") == "cancelled" else "expired"
@@ -3734,9 +3771,9 @@ def withdraw(pen: Pen, questions: Iterable[Record]) -> None:
             put_command(pen, question, fail(question, outcome, error, pen.now))
 
 
-def expire(pen: Pen, late: Iterable[Record], listening: float) -> None:
-    """End those commands that are still as they were when they became overdue, whatever the clock says by now."""
-    for command in late:
+def expire(pen: Pen, commands: Iterable[Record], listening: float) -> None:
+    """End those *commands* that are still as they were when they became overdue, whatever the clock says by now."""
+    for command in commands:
         if pen.get("commands", command["id"]) == command:
             now = max(pen.now, round(deadline(command, listening) or 0) + 1)
             put_command(pen, command, overdue(command, now, listening))

@@ -361,7 +361,7 @@ def test_when_too_many_wait_the_newest_is_answered_at_once_and_goes_on(state, tm
 def be_held(server, cursor):
     """Return the answer to a question that was really held, not answered at once."""
     began, answer = time.monotonic(), None
-    while answer is None or time.monotonic() - began < 0.6:
+    while answer is None or (time.monotonic() - began < 0.6 and not answer.json()["documents"]):
         began = time.monotonic()
         answer = requests.get(f"{server.url}/sync?only=documents&wait=20&since={cursor}", headers=HEADERS, timeout=60)
     return answer
@@ -406,7 +406,7 @@ def test_how_it_ended_is_told_to_who_hung_up_and_comes_again(server, ide):
 def test_another_order_by_who_hung_up_is_another_execution(server, ide):
     hang_up(server, {"command": "slow"}, lambda: busy(server))
     assert execute(server, "object").json()["success"]
-    assert len(ide.executed) == 2
+    until(lambda: len(ide.executed) == 2)
 
 
 def test_the_same_by_two_who_both_wait_is_executed_twice(server, ide):
@@ -839,3 +839,97 @@ def test_who_was_not_seen_for_a_day_is_forgotten(store, clock):
     clock.now += 2 * 3600_000
     service.forget_agents()
     assert store.agents() == {}
+
+
+# What would spoil it
+
+
+def test_what_is_taken_in_by_sync_is_as_well_formed_as_what_is_posted(server):
+    for fields in ({"executionId": ["a"]}, {"prompt": 5}, {"choices": "x"}, {"timeout": "long"}):
+        push = {"commands": {"bad": {"type": "user_input", "status": "processing", **fields}}}
+        said = server.ask("POST", "/sync", json=push)
+        assert (said.status_code, said.json()["field"]) == (400, f"commands.bad.{next(iter(fields))}")
+
+
+def test_odd_commands_of_others_spoil_neither_the_status_nor_the_sweep(server):
+    odd = {
+        "q": {"type": "user_input", "status": "processing", "createdAt": -8e15},
+        "c": {"type": "user_input", "status": "processing", "inputType": "choice", "prompt": "?"},
+        "k": {"type": "kiro_command", "status": "processing", "agent": "nobody"},
+        "e": {"type": "user_input", "status": "failed"},
+    }
+    assert server.ask("POST", "/sync", json={"commands": odd}).status_code == 200
+    assert {each["id"] for each in status_of(server)["pendingInputs"]} == {"q", "c"}
+    assert answer(server, "x", "choice", "c").status_code == 400
+    assert answer(server, "x", "text", "e").status_code == 404
+    assert server.ask("GET", "/sync?agent=%FF").status_code == 400
+    identity = ask_human(server, expiresIn=0.1)
+    until(lambda: command(server, identity).get("outcome") == "expired")
+
+
+def test_a_folder_of_agents_that_was_removed_is_made_again(client, state):
+    client.put_json("/agents/a", {"kind": "ide", "types": []})
+    shutil.rmtree(state / "agents")
+    assert client.get("/agents").json == {"agents": {}}
+    assert client.get("/api/kiro/status").json["status"] == "unavailable"
+    client.put_json("/agents/a", {"kind": "ide", "types": []})
+    assert [*client.get("/agents").json["agents"]] == ["a"]
+
+
+def test_the_time_is_over_even_if_nobody_waits(impatient):
+    ide = Ide(impatient.url)
+    said = [execute(impatient, "slow", args=[n], headers={"Prefer": "wait=5, Respond-Async"}) for n in "123"]
+    assert [each.status_code for each in said] == [202] * 3
+    assert execute(impatient, "other").status_code == 422
+    until(lambda: len(ide.cancelled) == 3)
+    assert execute(impatient, "other").status_code == 200
+    ide.die()
+
+
+def test_who_is_asked_not_to_respond_at_once_does_not(server, ide):
+    assert execute(server, "object", headers={"Prefer": 'not-respond-async, x="respond-async"'}).status_code == 200
+
+
+def test_an_execution_that_a_restart_cut_off_is_joined_not_repeated(state, tmp_path, start):
+    server = start(Server, state, tmp_path / "log")
+    port = urlsplit(server.url).port
+    ide = Ide(server.url)
+    result = in_background(lambda: execute(server, "slow"))
+    until(lambda: ide.executed)
+    ide.gone.set()  # it is deaf while the service is away, and goes on executing
+    ide.thread.join()
+    assert server.end() == 0
+    assert result().status_code == 503
+    again = start(Server, state, tmp_path / "log2", "--port", str(port))
+    requests.put(f"{again.url}/agents/window", headers=HEADERS, json=ide.said, timeout=10)
+    result = in_background(lambda: execute(again, "slow"))
+    execution = busy(again)["executions"][0]["executionId"]
+    assert len(again.ask("GET", "/commands").json()["commands"]) == 1
+    ide.report(execution, agent="window", **ended("done"))
+    assert result().json()["output"] == "done"
+
+
+def test_a_removed_execution_is_said_to_be(server, ide):
+    ide.gone.set()
+    ide.thread.join()
+    result = in_background(lambda: execute(server, "object"))
+    execution = busy(server)["executions"][0]["executionId"]
+    assert server.ask("DELETE", f"/command/{execution}").status_code == 200
+    said = result()
+    assert (said.status_code, said.json()["success"]) == (422, False)
+    assert said.json()["error"] == "it was removed from the queue before it ended"
+
+
+def test_an_answer_that_is_sent_again_does_not_answer_the_next_question(server, ide):
+    result = in_background(lambda: execute(server, "slow"))
+    execution = busy(server)["executions"][0]["executionId"]
+    first = ask_human(server, executionId=execution, inputType="confirmation")
+    assert answer(server, "yes", "confirmation", execution).status_code == 200
+    second = ask_human(server, executionId=execution, inputType="confirmation")
+    said = answer(server, "yes", "confirmation", execution)
+    assert (said.status_code, said.json()["questions"]) == (409, [second])
+    assert command(server, second)["status"] == "pending"
+    assert answer(server, "yes", "confirmation", second).status_code == 200
+    assert command(server, first)["result"] == {"value": "yes"}
+    ide.release.set()
+    result()
