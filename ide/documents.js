@@ -6,7 +6,7 @@
 const crypto = require("node:crypto");
 const nodePath = require("node:path");
 const vscode = require("vscode");
-const { documentId, standing, isContested } = require("./rules.js");
+const { documentId, standing, isContested, unlinked } = require("./rules.js");
 
 const FILE_BYTES = 4 << 20; // larger ones are no documents
 const FILES = 2000; // of a folder
@@ -52,18 +52,21 @@ class Documents {
     return { id: documentId(folder.name, path, digest), uri, path: `${folder.name}/${path}` };
   }
 
-  /** Return all that is shared here, or could be: {id, path, uri?, state}, by path. */
+  /** Return the files of the folders that the settings share: {id, uri, path, shared}. */
+  async #shared() {
+    const folders = (vscode.workspace.workspaceFolders ?? []).flatMap(({ uri }) =>
+      vscode.workspace.getConfiguration("kirosync", uri).get("folders").map((path) => vscode.Uri.joinPath(uri, path)),
+    );
+    const entries = (await Promise.all(folders.map(filesIn))).flat().map((uri) => this.entry(uri));
+    return entries.filter(Boolean).map((entry) => ({ ...entry, shared: true })); // none is where a setting leads outside
+  }
+
+  /** Return all that is shared here, or could be: {id, path, uri?, shared?, state}, by path. */
   async list() {
-    const entries = new Map();
-    for (const folder of vscode.workspace.workspaceFolders ?? []) {
-      const shared = vscode.workspace.getConfiguration("kirosync", folder.uri).get("folders");
-      for (const uri of (await Promise.all(shared.map((path) => filesIn(vscode.Uri.joinPath(folder.uri, path))))).flat()) {
-        const entry = this.entry(uri); // none, where the settings lead out of the workspace
-        if (entry) entries.set(entry.id, entry);
-      }
-    }
+    const entries = new Map((await this.#shared()).map((entry) => [entry.id, entry]));
     for (const [id, document] of Object.entries(this.there)) {
-      if (!entries.has(id)) entries.set(id, { id, path: document.path ?? id, uri: this.#place(document.path ?? id) });
+      const path = document.path ?? id;
+      if (!entries.has(id)) entries.set(id, { id, path, uri: this.#place(path) });
     }
     const listed = await Promise.all([...entries.values()].map((entry) => this.#stand(entry)));
     return listed.filter(({ state }) => state).sort((one, other) => (one.path < other.path ? -1 : 1));
@@ -157,7 +160,7 @@ class Documents {
     if (here === document.content) return void vscode.window.showInformationMessage("Kirosync: it is the same here");
     if (here === undefined) await vscode.window.showTextDocument(uriOf("documents", id, uri.path.split("/").at(-1)));
     else await this.compare(uri);
-    const path = vscode.workspace.asRelativePath(uri);
+    const path = unlinked(vscode.workspace.asRelativePath(uri));
     const sentence = here === undefined ? `Make ${path} as the server has it?` : `Replace ${path} by the server's version?`;
     if ((await vscode.window.showInformationMessage(sentence, "Take It")) !== "Take It") return;
     const shown = this.there[id]; // by now

@@ -21,7 +21,7 @@ const { Documents, idOf, SCHEME } = require("./documents.js");
 const { Human } = require("./human.js");
 const { Link, Refused } = require("./link.js");
 const { Remote } = require("./remote.js");
-const { line, cut, allows, endingOf, nameOfWindow } = require("./rules.js");
+const { line, cut, allows, endingOf, nameOfWindow, unlinked } = require("./rules.js");
 const { runInTerminal } = require("./terminal.js");
 const views = require("./views.js");
 
@@ -35,6 +35,9 @@ const folders = () => (vscode.workspace.workspaceFolders ?? []).map(({ uri }) =>
 
 /** Return the patterns of commands that may be executed; none, if somebody has made something else of the setting. */
 const allowed = () => [settings().get("allowedCommands")].flat().filter((pattern) => typeof pattern === "string");
+
+/** The name of the secret: a token is for one service, and never goes to another. */
+const secretOf = (url) => `token ${url}`;
 
 /** What this window is connected to, and what follows from it. */
 class Session {
@@ -67,10 +70,6 @@ class Session {
     return this.link?.copy.state ?? { conversations: {}, documents: {}, commands: {} };
   }
 
-  /** The name of the secret: a token is for one service, and never goes to another. */
-  get secret() {
-    return `token ${settings().get("url")}`;
-  }
 
   /** Connect to the service that the settings name, with the token that is kept for it. */
   connect() {
@@ -79,11 +78,12 @@ class Session {
   }
 
   async #connect() {
+    const url = settings().get("url"); // it may be another after a wait
     try {
-      const token = await this.context.secrets.get(this.secret);
-      if (token) this.#begin(new Link(settings().get("url"), token, this.#name, () => this.#about()));
+      const token = await this.context.secrets.get(secretOf(url));
+      if (token) this.#begin(new Link(url, token, this.#name, () => this.#about()));
     } catch (problem) {
-      this.log.error(`${settings().get("url")}: ${problem.message}`);
+      this.log.error(`${url}: ${problem.message}`);
     }
     this.show();
   }
@@ -166,7 +166,7 @@ class Session {
     if (changed("conversations")) this.trees.conversations.refresh();
     if (changed("documents")) this.trees.documents.refresh();
     this.records.refresh(new Set([...Object.values(change.changed), ...Object.values(change.deleted)].flat()));
-    for (const [, why] of change.refused) vscode.window.showWarningMessage(`Kirosync: the service did not take it: ${why}`);
+    for (const [, why] of change.refused) vscode.window.showWarningMessage(`Kirosync: the service did not take it: ${unlinked(why)}`);
     if (Object.keys(change.lost).length) this.#offer(change.lost);
     this.human.announce();
     this.show();
@@ -214,7 +214,9 @@ class Session {
       if (!(problem instanceof Refused)) throw problem;
       const place = vscode.Uri.joinPath(this.context.globalStorageUri, "refused", file.path.split("/").at(-1));
       await vscode.workspace.fs.rename(file, place, { overwrite: true });
-      vscode.window.showErrorMessage(`Kirosync: the service did not take it: ${problem.message}. It is kept in ${place.fsPath}`);
+      vscode.window.showErrorMessage(
+        `Kirosync: the service did not take it: ${unlinked(problem.message)}. It is kept in ${place.fsPath}`,
+      );
       return false;
     }
   }
@@ -298,8 +300,8 @@ const ACTIONS = {
     const prompt = `The token of ${url}: on its machine in the file state/token, or in KIROSYNC_TOKEN. Empty forgets it.`;
     const token = await vscode.window.showInputBox({ title: "Kirosync", prompt, password: true, ignoreFocusOut: true });
     if (token === undefined) return;
-    if (token.trim()) await session.context.secrets.store(session.secret, token.trim());
-    else await session.context.secrets.delete(session.secret);
+    if (token.trim()) await session.context.secrets.store(secretOf(url), token.trim());
+    else await session.context.secrets.delete(secretOf(url));
   },
 
   async remoteControlOn() {
@@ -342,7 +344,7 @@ const ACTIONS = {
 
   async append(session, chosen) {
     const id = await chooseConversation(connected(session), chosen);
-    const content = id && (await vscode.window.showInputBox({ title: id, prompt: "Your message", ignoreFocusOut: true }));
+    const content = id && (await vscode.window.showInputBox({ title: unlinked(id), prompt: "Your message", ignoreFocusOut: true }));
     if (content) await append(session, id, "user", content, { initiatedBy: "ide" });
   },
 
@@ -357,8 +359,8 @@ const ACTIONS = {
 
   async pushFolders(session) {
     const entries = await connected(session).documents.list();
-    const uris = entries.filter(({ state }) => state === "here" || state === "differs").map(({ uri }) => uri);
-    await session.documents.push(uris);
+    const wanted = entries.filter(({ shared, state }) => shared && (state === "here" || state === "differs"));
+    await session.documents.push(wanted.map(({ uri }) => uri));
   },
 
   async compare(session, chosen) {
@@ -409,7 +411,7 @@ exports.activate = async (context) => {
     on(vscode.commands.registerCommand(`kirosync.${name}`, (...given) => act(session, ...given)));
   }
   on(
-    context.secrets.onDidChange(({ key }) => key === session.secret && session.connect()),
+    context.secrets.onDidChange(({ key }) => key === secretOf(settings().get("url")) && session.connect()),
     vscode.workspace.onDidChangeConfiguration((change) => {
       if (change.affectsConfiguration("kirosync.url")) session.connect();
       else if (change.affectsConfiguration("kirosync")) session.renewed();

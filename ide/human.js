@@ -4,24 +4,25 @@
 "use strict";
 
 const vscode = require("vscode");
-const { line, cut, questionOf } = require("./rules.js");
+const { isEnded } = require("./link.js");
+const { line, cut, unlinked, questionOf } = require("./rules.js");
 
 const SHOWN_CHARACTERS = 120; // of a question, in one line
 const BUTTONS = 4; // more choices are a list
 
 /** Ask each kind of question; resolve to the value, or undefined if the human wants to think about it. */
 const ASK = {
-  confirmation: async ({ prompt }) => {
+  confirmation: async (prompt) => {
     const [title, ...detail] = prompt.split("\n");
     const options = { modal: true, detail: detail.join("\n") };
     return (await vscode.window.showInformationMessage(title, options, "Yes", "No"))?.toLowerCase();
   },
-  choice: ({ prompt, choices }) =>
+  choice: (prompt, choices) =>
     choices.length > BUTTONS
       ? vscode.window.showQuickPick(choices, { title: prompt, ignoreFocusOut: true })
       : vscode.window.showInformationMessage(prompt, { modal: true }, ...choices),
-  text: ({ prompt }) => vscode.window.showInputBox({ title: "Kirosync", prompt, ignoreFocusOut: true }),
-  file: async ({ prompt }) => {
+  text: (prompt) => vscode.window.showInputBox({ title: "Kirosync", prompt, ignoreFocusOut: true }),
+  file: async (prompt) => {
     const chosen = await vscode.window.showOpenDialog({ title: prompt, openLabel: "Answer" });
     return chosen?.[0].fsPath;
   },
@@ -38,8 +39,8 @@ class Human {
   get waiting() {
     const commands = Object.entries(this.session.link?.copy.state.commands ?? {});
     return commands
-      .filter(([, command]) => command.type === "user_input" && ["pending", "processing"].includes(command.status))
-      .map(([id, command]) => ({ id, ...command }))
+      .filter(([, command]) => command.type === "user_input" && !isEnded(command))
+      .map(([id, command]) => ({ id, prompt: "", ...command }))
       .sort((one, other) => one.createdAt - other.createdAt);
   }
 
@@ -55,12 +56,12 @@ class Human {
 
   async #notify(question) {
     const chosen = await vscode.window.showInformationMessage(
-      `Kirosync asks: ${cut(line(question.prompt), SHOWN_CHARACTERS)}`,
+      `Kirosync asks: ${cut(unlinked(line(question.prompt)), SHOWN_CHARACTERS)}`,
       "Answer",
       "Refuse",
     );
     const act = { Answer: () => this.answer(question.id), Refuse: () => this.refuse(question.id) }[chosen];
-    await act?.().catch((problem) => vscode.window.showErrorMessage(`Kirosync: ${problem.message}`));
+    await act?.().catch((problem) => vscode.window.showErrorMessage(`Kirosync: ${unlinked(problem.message)}`));
   }
 
   /** Have the human answer the question *id*, or one of their choice. */
@@ -68,7 +69,7 @@ class Human {
     const question = await this.#choose(id);
     if (!question) return;
     const kind = question.inputType ?? "text";
-    const value = await ASK[kind](question);
+    const value = await ASK[kind](unlinked(question.prompt), question.choices ?? []);
     if (value !== undefined) await this.#send(JSON.stringify({ value, type: kind, executionId: question.id }));
   }
 
@@ -79,7 +80,7 @@ class Human {
     const said = await link.insist(() => link.service.request("POST", "/api/kiro/input", answer), warn);
     if (said.status === 200) return;
     const { message, error } = JSON.parse(said.text);
-    vscode.window.showWarningMessage(`Kirosync: the answer was not taken: ${message ?? error}`);
+    vscode.window.showWarningMessage(`Kirosync: the answer was not taken: ${unlinked(message ?? error)}`);
   }
 
   async refuse(id) {

@@ -6,7 +6,7 @@
 const { AsyncLocalStorage } = require("node:async_hooks");
 const crypto = require("node:crypto");
 const { isEnded } = require("./link.js");
-const { argument, textOf, allows, isFor, isOpen } = require("./rules.js");
+const { argument, textOf, wellFormed, allows, isFor, isOpen } = require("./rules.js");
 
 const AT_ONCE = 3; // as many as the service lets one execute
 const LEASE_S = 20; // an editor that is closed without a word is noticed after this
@@ -79,7 +79,7 @@ class Remote {
 
   /** Begin what waits, as far as there is room. */
   look() {
-    for (const id of this.#waiting) {
+    for (const id of this.link.copy.closed ? [] : this.#waiting) {
       const command = this.link.copy.state.commands[id];
       if (this.#running.has(id)) continue;
       if (command?.status !== "pending") {
@@ -169,7 +169,7 @@ const NOT_STOPPED = "an editor's command cannot be stopped, and may still do wha
 /** Return what to say of an *error* that executing *command* has thrown. */
 const inWords = (error, command) => {
   const text = String(error?.message ?? error) || "it failed without a word";
-  return text === `command '${command}' not found` ? "Command not found" : text;
+  return text === `command '${command}' not found` ? "Command not found" : wellFormed(text);
 };
 
 module.exports = { Remote };

@@ -26,9 +26,19 @@ const argument = (text, parseUri) => {
 /** Return the text that the *value* of a command is told as: "" for nothing, JSON for what is no text. */
 const textOf = (value) => {
   const text = typeof value === "string" ? value : JSON.stringify(value ?? undefined, withoutCycles()) ?? "";
-  if (text.length <= OUTPUT_CHARACTERS) return text;
-  return `${text.slice(0, OUTPUT_CHARACTERS)}\n[cut: ${text.length} characters]`;
+  const cut = text.length <= OUTPUT_CHARACTERS ? "" : `\n[cut: ${text.length} characters]`;
+  return wellFormed(text.slice(0, OUTPUT_CHARACTERS)) + cut;
 };
+
+/** Return *text* with halves of surrogate pairs replaced, which no request can carry. */
+const wellFormed = (text) => text.replace(/\p{Surrogate}/gu, "\ufffd");
+
+/**
+ * Return *text* as it can be shown where the editor makes links of `[label](command:...)`, which act when clicked on.
+ *
+ * Whoever can write to the service writes such texts: a link would be their hand in this editor.
+ */
+const unlinked = (text) => withoutCommands(String(text).replace(/\](?=[[(])/g, "]\u200b"));
 
 /** Return what JSON.stringify is to ask about each value: what holds itself is told once. */
 const withoutCycles = () => {
@@ -44,11 +54,21 @@ const withoutCycles = () => {
 };
 
 /** Return whether one of *patterns*, in which `*` stands for any part, is the id of a *command*. */
-const allows = (patterns, command) =>
-  patterns.some((pattern) => {
-    const parts = pattern.split("*").map((part) => part.replace(/[\\^$.|?*+()[\]{}]/g, "\\$&"));
-    return new RegExp(`^${parts.join(".*")}$`, "s").test(command);
-  });
+const allows = (patterns, command) => patterns.some((pattern) => matches(pattern.split("*"), command));
+
+/** Return whether *text* begins with the first of *parts*, ends with the last, and has the others between, in order. */
+const matches = ([first, ...others], text) => {
+  if (!others.length) return text === first;
+  const last = others.pop();
+  if (!text.startsWith(first)) return false;
+  let at = first.length;
+  for (const part of others) {
+    const found = text.indexOf(part, at);
+    if (found < 0) return false;
+    at = found + part.length;
+  }
+  return text.length - last.length >= at && text.endsWith(last);
+};
 
 /** Return whether the *path* is the *folder* or in it, by their names, on whatever system they are. */
 const contains = (folder, path) => {
@@ -114,10 +134,16 @@ const closed = (text) => {
   return open ? `${text}\n${open}` : text;
 };
 
+/** Return *text* without the scheme by which a link executes a command of the editor. */
+const withoutCommands = (text) => text.replace(/\bcommand(?=:)/gi, "$&\u200b");
+
 /** Return the *messages* of a conversation as Markdown. *when* makes a text of a timestamp (ms). */
 const markdownOf = (id, messages, when) => {
-  const parts = messages.map((message) => `#### ${message.role} · ${when(message.timestamp)}\n\n${closed(message.content)}\n`);
-  return `# ${titleOf(id, messages).replace(/([\\`*_<>[\]#])/g, "\\$1")}\n\n${parts.join("\n---\n\n")}`;
+  const parts = messages.map(
+    ({ role, timestamp, content }) => `#### ${role} · ${when(timestamp)}\n\n${closed(content)}\n`,
+  );
+  const title = titleOf(id, messages).replace(/([\\`*_<>[\]#])/g, "\\$1");
+  return withoutCommands(`# ${title}\n\n${parts.join("\n---\n\n")}`);
 };
 
 /** Return how a *command* of the server ended, in words. */
@@ -139,6 +165,6 @@ const questionOf = (prompt, options) => {
 };
 
 module.exports = {
-  ...{ argument, textOf, allows, contains, isFor, isOpen, documentId, nameOfWindow, standing, isContested, line, cut, titleOf },
+  ...{ argument, textOf, wellFormed, unlinked, allows, contains, isFor, isOpen, documentId, nameOfWindow, standing, isContested, line, cut, titleOf },
   ...{ closed, markdownOf, endingOf, questionOf },
 };

@@ -310,3 +310,43 @@ def test_a_question_can_be_refused_and_a_late_answer_is_said_to_be(service, wind
     until(lambda: service.ask("GET", f"/command/{late}")[1].get("outcome") == "expired", "it did not expire")
     window.page.locator(".monaco-dialog-box").get_by_role("button", name="Yes").click()
     window.sees("notification", "the answer was not taken")
+
+
+# What others write must not act here
+
+
+LINK = "[the log](command:workbench.action.files.newUntitledFile)"
+
+
+def test_a_link_in_a_question_is_no_link(service, window):
+    ask(service, prompt=f"It failed, see {LINK}. Go on?")
+    found = window.sees("notification", "It failed, see [the")
+    assert found.locator("a", has_text="the log").count() == 0
+    row(window, "It failed, see").click()
+    asked = window.sees("input", "It failed, see")
+    assert asked.locator("a", has_text="the log").count() == 0
+    window.press("Escape")
+
+
+def test_a_link_in_a_conversation_executes_nothing(service, window):
+    say(service, "c6", f"see {LINK} and [another](comm&#97;nd:workbench.action.files.newUntitledFile)")
+    row(window, "see [the log]").click()
+    preview = window.page.frame_locator("iframe.webview").frame_locator("iframe")
+    expect(preview.locator("p").first).to_contain_text("another", **PATIENT)
+    for link in preview.locator("a").all():
+        link.click()
+    say(service, "c6", "after it", at=NOW + 1)
+    expect(preview.locator("p").last).to_contain_text("after it", **PATIENT)
+    assert window.ask("probe.state")["untitled"] == 0
+    close_editors(window)
+
+
+def test_a_document_of_others_makes_nothing_be_pushed_that_is_not_shared(service, window):
+    (window.folder / ".env").write_text("SECRET=hunter2\n")
+    put_document(service, "planted", "x", path=f"{window.folder.name}/.env")
+    expect(row(window, ".env")).to_contain_text("differs from the server", **PATIENT)
+    (window.folder / ".kiro/specs/four.md").write_text("# Four\n")
+    row(window, "four.md")
+    window.command("Kirosync: Push the Shared Folders")
+    until(lambda: id_of(window, "four.md") in documents(service), "nothing was pushed")
+    assert "hunter2" not in json.dumps(documents(service))
