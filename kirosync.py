@@ -3024,7 +3024,7 @@ class Editors:
     def question(self, said: Record) -> str:
         """Return the id of the question that is meant by what a human *said*: named itself, or by what asked it.
 
-        The latest of those that have ended, if none is open. Raises NotFound, or Conflict if it may be another's answer.
+        The latest of those that have ended, if none is open. Raises NotFound, or Conflict if it may be another's.
         """
         execution = said["executionId"]
         self.open.look()
@@ -3822,7 +3822,7 @@ def operation(route: Route) -> Record:
         ],
         "security": [] if route.public else [{"token": []}],
         "responses": {"200": {"description": "as described"}, "default": {"description": '{"error": what was wrong}'}},
-        **({"requestBody": {"content": {"application/json": {}}}} if route.method in ("POST", "PATCH") else {}),
+        **({"requestBody": {"content": {"application/json": {}}}} if route.method in ("POST", "PUT", "PATCH") else {}),
     }
 
 

@@ -8,7 +8,7 @@ const { EventEmitter } = require("node:events");
 const kirosync = require("./kirosync.js");
 const { fetch } = require("./http.js");
 
-const STAY_S = 60; // between looks whether the service still knows us; it sees by itself that we wait for news
+const STAY_S = 15; // between looks whether the service still knows us; it sees by itself that we wait for news
 
 /**
  * A line to the service at *url*.

@@ -1,5 +1,6 @@
 """The shared memory seen and changed in a real editor: conversations, documents, commands of the server, questions."""
 
+import json
 import re
 import time
 
