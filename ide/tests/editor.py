@@ -180,6 +180,7 @@ class Editor:
             *("--server-data-dir", self.folder / "server", "--user-data-dir", self.folder / "data"),
             *("--extensions-dir", self.folder / "extensions", "--without-connection-token"),
             *("--accept-server-license-terms", "--disable-workspace-trust", "--telemetry-level", "off"),
+            *("--reconnection-grace-time", "3"),  # s; a page that is closed does not always say good-bye
         ]
 
     def environment(self):

@@ -246,9 +246,16 @@ def test_a_token_that_is_wrong_is_said_to_be(service, window):
 # Windows
 
 
-def test_two_windows_are_two_agents_and_a_path_goes_to_the_one_that_has_it_open(editor, service, window, tmp_path):
+@pytest.fixture
+def other(editor, service, window, tmp_path):
+    """A second window, of the same user."""
     other = editor.open(tmp_path, beside=window)
     until(lambda: len(ides(service)) == 2, "the second window did not announce itself")
+    yield other
+    other.close()
+
+
+def test_two_windows_are_two_agents_and_a_path_goes_to_the_one_that_has_it_open(service, window, other):
     for each in (window, other):
         state = json.loads(output(service, "probe.state", workspacePath=str(each.folder / "inside")))
         assert [uri.rpartition("/")[2] for uri in state["folders"]] == [each.folder.name]
@@ -260,11 +267,9 @@ def test_two_windows_are_two_agents_and_a_path_goes_to_the_one_that_has_it_open(
 
 
 @pytest.mark.parametrize("how", ["closed", "killed"])
-def test_an_editor_that_goes_in_the_middle_of_a_command_ends_it(editor, service, window, tmp_path, how):
-    other = editor.open(tmp_path, beside=window)
-    until(lambda: len(ides(service)) == 2, "the second window did not announce itself")
+def test_an_editor_that_goes_in_the_middle_of_a_command_ends_it(service, other, how):
     began = time.monotonic()
-    result = in_background(lambda: execute(service, "probe.slow", "120000", workspacePath=str(tmp_path)))
+    result = in_background(lambda: execute(service, "probe.slow", "120000", workspacePath=str(other.folder)))
     until(lambda: (e := status(service)["executions"]) and e[0]["status"] == "processing", "it was not begun")
     if how == "killed":
         other.kill_host()
