@@ -26,7 +26,7 @@ const idOf = (uri) => decodeURIComponent(uri.path.split("/")[2]);
 /** Return the text in the file at *uri*, also what is not saved yet; undefined if there is none, or it is no text. */
 const textAt = async (uri) => {
   const open = vscode.workspace.textDocuments.find((document) => String(document.uri) === String(uri));
-  if (open) return open.getText();
+  if (open?.isDirty) return open.getText(); // else the file is at least as new
   try {
     if ((await vscode.workspace.fs.stat(uri)).size > FILE_BYTES) return undefined;
     return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(await vscode.workspace.fs.readFile(uri));

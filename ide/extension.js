@@ -26,6 +26,7 @@ const { runInTerminal } = require("./terminal.js");
 const views = require("./views.js");
 
 const SETTLE_MS = 200; // changes of files come in swarms
+const SHOWN_MS = 150; // what is over sooner is not worth a change of the status bar
 const FOCUS_MS = 1000; // who passes by a window has not chosen it
 const LOGGED_CHARACTERS = 500; // of arguments, and of errors
 
@@ -56,6 +57,7 @@ class Session {
   #name = nameOfWindow(os.hostname(), vscode.workspace.name ?? "no folder", crypto.randomBytes(3).toString("hex"));
   #turn = Promise.resolve(); // connecting and disconnecting, one after the other
   #stirred;
+  #soon;
   #focused;
 
   constructor(context) {
@@ -90,7 +92,7 @@ class Session {
 
   #begin(link) {
     this.link = link;
-    this.remote = new Remote(link, this.#editor(), (...said) => this.#logged(...said), () => this.show());
+    this.remote = new Remote(link, this.#editor(), (...said) => this.#logged(...said), () => this.#showSoon());
     link.on("change", (change) => this.#heard(change));
     link.on("trouble", (problem) => this.log.warn(problem.message));
     link.on("state", () => {
@@ -162,12 +164,17 @@ class Session {
   #heard(change) {
     const changed = (kind) => change.changed[kind].length + change.deleted[kind].length > 0;
     this.remote.heard([...change.changed.commands, ...change.deleted.commands]);
-    if (changed("commands")) this.trees.questions.refresh();
+    if (this.human.hasChanged(change.changed.commands, change.deleted.commands)) this.#asked();
     if (changed("conversations")) this.trees.conversations.refresh();
     if (changed("documents")) this.trees.documents.refresh();
     this.records.refresh(new Set([...Object.values(change.changed), ...Object.values(change.deleted)].flat()));
     for (const [, why] of change.refused) vscode.window.showWarningMessage(`Kirosync: the service did not take it: ${unlinked(why)}`);
     if (Object.keys(change.lost).length) this.#offer(change.lost);
+  }
+
+  /** Show what waits for the human by now. */
+  #asked() {
+    this.trees.questions.refresh();
     this.human.announce();
     this.show();
   }
@@ -252,6 +259,11 @@ class Session {
     if (!report) this.log.info(`executing ${what}`);
     else if (report.status === "completed") this.log.info(`done in ${report.result.durationMs} ms: ${what}`);
     else this.log.warn(`${report.outcome}: ${what}: ${cut(line(report.error), LOGGED_CHARACTERS)}`);
+  }
+
+  #showSoon() {
+    clearTimeout(this.#soon);
+    this.#soon = setTimeout(() => this.show(), SHOWN_MS);
   }
 
   show() {
@@ -354,7 +366,10 @@ const ACTIONS = {
     await connected(session).documents.push([uri]);
   },
 
-  push: (session, chosen, all = [chosen]) => connected(session).documents.push(all.map(uriIn)),
+  push(session, chosen, all) {
+    const several = Array.isArray(all) && all.length > 0 && all.every((each) => each instanceof vscode.Uri);
+    return connected(session).documents.push(several ? all : [uriIn(chosen)]); // the explorer may say all that is selected
+  },
   pushFolder: (session, uri) => connected(session).documents.pushFolder(uri),
 
   async pushFolders(session) {

@@ -44,6 +44,12 @@ class Human {
       .sort((one, other) => one.createdAt - other.createdAt);
   }
 
+  /** Return whether what waits may be another by what has become of these commands. */
+  hasChanged(changed, deleted) {
+    const known = this.session.link.copy.state.commands;
+    return deleted.length > 0 || changed.some((id) => known[id]?.type === "user_input");
+  }
+
   /** Announce what has come to wait; only the window that the human looks at does. */
   announce() {
     if (!vscode.window.state.focused) return;
