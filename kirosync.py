@@ -920,14 +920,19 @@ ANSWERS: dict[str, Callable[[Record, Any], str | None]] = {  # what a value says
 }
 
 
+def meant(question: Record, said: Record) -> str | None:
+    """Return the answer to *question* that a human *said*, None if it is none."""
+    kind = question.get("inputType", "text")
+    return ANSWERS[kind](question, said["value"]) if said["type"] == kind else None
+
+
 def fitting(question: Record, said: Record) -> str:
     """Return the value that a human *said*, if it answers the *question*; raise Unfitting with what would.
 
     >>> fitting({"inputType": "confirmation"}, {"type": "confirmation", "value": True})
     'yes'
     """
-    kind = question.get("inputType", "text")
-    value = ANSWERS[kind](question, said["value"]) if said["type"] == kind else None
+    kind, value = question.get("inputType", "text"), meant(question, said)
     if value is None:
         possible = {"choice": f"one of {', '.join(question.get('choices', []))}", "confirmation": "yes or no"}
         wanted = possible.get(kind, "a text" if kind == "text" else "the path of a file")
@@ -2900,9 +2905,9 @@ class Open:
             for identity, entry in delta.changed["commands"].items():
                 if entry.content.status not in ENDED:
                     known[identity] = entry.record(identity)
-                if b'"user_input"' in entry.newer():  # few are: only those are looked into
-                    asking = entry.record(identity).get("executionId", "")
-                    self.questions.setdefault(asking, set()).add(identity)
+                if b'"executionId"' in entry.newer():  # few have one: only those are looked into
+                    asking = entry.record(identity).get("executionId")
+                    self.questions.setdefault(str(asking), set()).add(identity)
             self.cursor, self.known = delta.cursor, known
             return known
 
@@ -2924,10 +2929,14 @@ class Editors:
         self.store, self.open = store, commands
         self.starting, self.callers = threading.Lock(), dict[str, Caller]()
 
-    def start(self, order: Record, key: str, caller: Caller) -> Record:
-        """Return the command that *order* becomes, or is already; raise Unavailable or Unexecuted."""
+    def start(self, order: Record, key: str, caller: Caller, waits: bool) -> Record:
+        """Return the command that *order* becomes, or is already; raise Unavailable or Unexecuted.
+
+        One whose caller *waits* has a mark by which it is found by a caller who was cut off.
+        """
         with self.starting:
-            command = self.started(order, key, caller) or self.queue(order, key)
+            marks = {"orderSha256": caller.sha256} if waits else {}
+            command = self.started(order, key, caller) or self.queue(order, key, marks)
             self.callers[command["id"]] = caller
             return command
 
@@ -2952,7 +2961,7 @@ class Editors:
         if self.callers.get(identity) is caller and not caller.has_hung_up():
             self.callers.pop(identity, None)
 
-    def queue(self, order: Record, key: str) -> Record:
+    def queue(self, order: Record, key: str, marks: dict[str, str]) -> Record:
         """Queue *order* for the window that is to execute it."""
         windows = self.windows()
         if not windows:
@@ -2960,8 +2969,7 @@ class Editors:
         target = window_for(order.get("workspacePath"), windows)
         if len(self.running(windows)) >= EXECUTIONS:
             raise Unexecuted(f"Maximum concurrent commands limit reached ({EXECUTIONS})")
-        sha256 = digest(canonical(order))
-        return self.store.change(lambda pen: queue(pen, order, key, target=target, orderSha256=sha256))[0]
+        return self.store.change(lambda pen: queue(pen, order, key, target=target, **marks))[0]
 
     def windows(self) -> dict[str, Record]:
         """Return what the windows that are there, and take commands, said of themselves, by name."""
@@ -2985,7 +2993,8 @@ class Editors:
 
     def is_deserted(self, command: Record, status: str) -> bool:
         """Return whether nobody is there any more to take *command*, which has this *status*."""
-        return status == "pending" and not is_present(self.store.agent_seen(command["target"]), self.store.clock())
+        seen = self.store.agent_seen(command.get("target", "")) if status == "pending" else 0
+        return status == "pending" and not is_present(seen, self.store.clock())
 
     def finish(self, identity: str) -> Record:
         """Return an execution that has ended; cancel one that has not, and raise why."""
@@ -3037,7 +3046,7 @@ class Editors:
         if execution in asked:
             return str(execution)
         waiting = [identity for identity, each in asked.items() if each["status"] not in ENDED]
-        before = [each for each in asked.values() if each.get("result") == {"value": said["value"]}]
+        before = [each for each in asked.values() if each.get("result") == {"value": meant(each, said)}]
         if len(waiting) > 1 or (waiting and before):
             problem = "more than one question was asked on its behalf; answer this one by its own id"
             raise Conflict(problem, success=False, executionId=execution, questions=waiting)
@@ -3563,8 +3572,8 @@ class Service:
         """
         order, key = execution_of(self.kiro_body(), self.execute_s), self.key()
         caller = Caller(digest(canonical(order)), bottle.request.environ.get("kirosync.channel"))
-        command = self.editors.start(order, key, caller)
         at_once = "respond-async" in {each.partition(";")[0].strip().lower() for each in header("Prefer").split(",")}
+        command = self.editors.start(order, key, caller, not at_once)
         try:
             if at_once or not self.hold_execution(command) or caller.has_hung_up():
                 return self.accepted(command["id"], at_once)
@@ -4053,8 +4062,18 @@ def begin(service: Service, state: Path, failed: list[Exception]) -> None:
     gc.enable()
     service.begin(store)
     for work in (store.follow, service.sweep, service.tend):
-        threading.Thread(target=work, daemon=True).start()
+        threading.Thread(target=go_on, args=(work, store.closing), daemon=True).start()
     log.info("kirosync %s on http://%s:%s, state in %s", __version__, service.host, service.port, store.directory)
+
+
+def go_on(work: Callable[[], None], closing: threading.Event) -> None:
+    """Do *work* until the store is closed; a defect in it is logged, and must not end what commands rely on to end."""
+    while not closing.is_set():
+        try:
+            work()
+        except Exception:
+            log.exception("a defect in %s; it goes on", work.__name__)
+            closing.wait(SETTLE_S)
 
 
 def port_number(text: str) -> int:

@@ -886,6 +886,25 @@ def test_the_time_is_over_even_if_nobody_waits(impatient):
     ide.die()
 
 
+def test_the_same_asked_for_at_once_twice_is_executed_twice(server, ide):
+    for _ in range(2):
+        assert execute(server, "slow", headers={"Prefer": "respond-async"}).status_code == 202
+    until(lambda: len(ide.executed) == 2)
+
+
+def test_a_defect_in_the_background_does_not_end_the_work():
+    closing, turns = threading.Event(), []
+
+    def work():
+        turns.append(1)
+        if len(turns) > 1:
+            closing.set()
+        raise KeyError("a defect")
+
+    kirosync.go_on(work, closing)
+    assert len(turns) == 2
+
+
 def test_who_is_asked_not_to_respond_at_once_does_not(server, ide):
     assert execute(server, "object", headers={"Prefer": 'not-respond-async, x="respond-async"'}).status_code == 200
 
@@ -926,8 +945,9 @@ def test_an_answer_that_is_sent_again_does_not_answer_the_next_question(server, 
     first = ask_human(server, executionId=execution, inputType="confirmation")
     assert answer(server, "yes", "confirmation", execution).status_code == 200
     second = ask_human(server, executionId=execution, inputType="confirmation")
-    said = answer(server, "yes", "confirmation", execution)
-    assert (said.status_code, said.json()["questions"]) == (409, [second])
+    for again in ("yes", True):
+        said = answer(server, again, "confirmation", execution)
+        assert (said.status_code, said.json()["questions"]) == (409, [second])
     assert command(server, second)["status"] == "pending"
     assert answer(server, "yes", "confirmation", second).status_code == 200
     assert command(server, first)["result"] == {"value": "yes"}
