@@ -2981,7 +2981,7 @@ class Editors:
 
     def unavailable(self, **details: Any) -> Unavailable:
         if not self.ides():
-            return Unavailable("Kiro IDE is not running", reason="not_running", **details)
+            return Unavailable("Kiro IDE is not running, or not connected", reason="not_running", **details)
         hint = ": remote control is switched off in it" if self.ides(here=True) and not self.windows() else ""
         return Unavailable(f"Kiro IDE is not responding to commands{hint}", reason="not_responding", **details)
 
@@ -3016,6 +3016,8 @@ class Editors:
         windows = self.windows()
         running = self.running(windows)
         said: Record = {"status": ("busy" if running else "ready") if windows else "unavailable"}
+        if not windows:
+            said |= {"reason": self.unavailable().details["reason"], "message": str(self.unavailable())}
         if running:
             said["currentCommand"] = running[0].get("command", "")
         if windows and (version := windows[window_for(None, windows)].get("version")):
@@ -3604,7 +3606,8 @@ class Service:
     def get_kiro_status(self) -> Record:
         """{status: ready | busy | unavailable, currentCommand?, version?, availableCommands, timestamp} of the IDE.
 
-        And "pendingInputs": what waits for a human; "executions": what is being executed.
+        And "pendingInputs": what waits for a human; "executions": what is being executed: "busy" is while any is; three
+        at once are possible. Where the IDE is unavailable, "reason" and "message" say why.
         """
         return self.editors.status()
 

@@ -27,13 +27,17 @@
   // -------------------------------------------------------------------------------------- Errors
   // What may go wrong between here and a service.
 
-  /** The service cannot be reached now, or not do what was asked; later it may. `pause` (s) is what it asks for. */
+  /**
+   * The service cannot be reached now, or not do what was asked; later it may. `pause` (s) is what it asks for, `status`
+   * what it answered, if it did: 401 is for a token that it does not take.
+   */
   class Unreachable extends Error {
     name = "Unreachable";
 
-    constructor(problem, pause = 0) {
+    constructor(problem, { pause = 0, status = 0 } = {}) {
       super(problem);
       this.pause = pause;
+      this.status = status;
     }
   }
 
@@ -274,11 +278,12 @@
 
     /** Return *answer*, unless it may be another later: then throw Unreachable. */
     #reached(answer) {
-      if (answer.status === 401) throw new Unreachable(`${this.url} does not take the token; is it that service's?`);
+      const { status } = answer;
+      if (status === 401) throw new Unreachable(`${this.url} does not take the token; is it that service's?`, { status });
       if (answer.status === 429 || answer.status >= 500) {
         const pause = answer.headers.get("Retry-After") ?? "";
         const problem = `${this.url} answered ${answer.status}: ${told(answer.text).error}`;
-        throw new Unreachable(problem, /^\d+$/.test(pause) ? Math.min(Number(pause), LONGEST_PAUSE_S) : 0);
+        throw new Unreachable(problem, { status, pause: /^\d+$/.test(pause) ? Math.min(Number(pause), LONGEST_PAUSE_S) : 0 });
       }
       return answer;
     }

@@ -26,6 +26,7 @@ const { runInTerminal } = require("./terminal.js");
 const views = require("./views.js");
 
 const SETTLE_MS = 200; // changes of files come in swarms
+const LOOK_MS = 3000; // not every change of a file is told, and on some file systems none is
 const SHOWN_MS = 150; // what is over sooner is not worth a change of the status bar
 const FOCUS_MS = 1000; // who passes by a window has not chosen it
 const LOGGED_CHARACTERS = 500; // of arguments, and of errors
@@ -36,6 +37,14 @@ const folders = () => (vscode.workspace.workspaceFolders ?? []).map(({ uri }) =>
 
 /** Return the patterns of commands that may be executed; none, if somebody has made something else of the setting. */
 const allowed = () => [settings().get("allowedCommands")].flat().filter((pattern) => typeof pattern === "string");
+
+const ICONS = {
+  online: "sync",
+  connecting: "loading~spin",
+  offline: "debug-disconnect",
+  "no token": "key",
+  "wrong token": "key",
+};
 
 /** The name of the secret: a token is for one service, and never goes to another. */
 const secretOf = (url) => `token ${url}`;
@@ -98,9 +107,14 @@ class Session {
     link.on("state", () => {
       this.log.info(link.problem || `${link.state}: ${link.service.url}`);
       if (link.state === "online") this.#sendKept();
+      if (link.state === "wrong token") this.#complain(link.problem);
       this.show();
     });
     link.run().catch((defect) => this.log.error(defect));
+  }
+
+  async #complain(problem) {
+    if (await vscode.window.showErrorMessage(`Kirosync: ${unlinked(problem)}`, "Set Token")) await ACTIONS.setToken(this);
   }
 
   #editor() {
@@ -258,7 +272,7 @@ class Session {
     const what = `${id} ${command} ${cut(JSON.stringify(args ?? []), LOGGED_CHARACTERS)}`;
     if (!report) this.log.info(`executing ${what}`);
     else if (report.status === "completed") this.log.info(`done in ${report.result.durationMs} ms: ${what}`);
-    else this.log.warn(`${report.outcome}: ${what}: ${cut(line(report.error), LOGGED_CHARACTERS)}`);
+    else this.log.warn(`failed (${report.outcome}): ${what}: ${cut(line(report.error), LOGGED_CHARACTERS)}`);
   }
 
   #showSoon() {
@@ -271,11 +285,10 @@ class Session {
     const waiting = this.human.waiting.length;
     const on = settings().get("remoteControl");
     const state = this.link?.state ?? "no token";
-    const icon = { online: "sync", connecting: "loading~spin", offline: "debug-disconnect", "no token": "key" }[state];
-    const words = { online: "", connecting: ": connecting", offline: ": offline", "no token": ": no token" }[state];
     const parts = [
-      `$(${icon}) Kirosync${words}`,
-      ...(running ? [`$(loading~spin) ${running.command}`] : on ? ["$(broadcast) remote control"] : []),
+      `$(${ICONS[state]}) Kirosync${state === "online" ? "" : `: ${state}`}`,
+      ...(on ? ["$(broadcast) remote control"] : []),
+      ...(running ? [`$(loading~spin) ${running.command}`] : []),
       ...(waiting ? [`$(question) ${waiting}`] : []),
     ];
     this.bar.text = parts.join(" ");
@@ -283,7 +296,7 @@ class Session {
     this.bar.tooltip = [`${settings().get("url")}: ${this.link?.problem || state}`, control, `This window is ${this.#name}.`].join("\n");
     this.bar.backgroundColor = on
       ? new vscode.ThemeColor("statusBarItem.warningBackground")
-      : state === "offline"
+      : ["offline", "wrong token"].includes(state)
         ? new vscode.ThemeColor("statusBarItem.errorBackground")
         : undefined;
     vscode.commands.executeCommand("setContext", "kirosync.state", state);
@@ -303,7 +316,8 @@ const ACTIONS = {
       label: contributes.commands.find(({ command }) => command === `kirosync.${name}`).title,
       name,
     }));
-    const chosen = await vscode.window.showQuickPick(items, { title: session.bar.tooltip });
+    const title = `Kirosync: ${settings().get("url")}, ${session.link?.state ?? "no token"}`;
+    const chosen = await vscode.window.showQuickPick(items, { title });
     if (chosen) await vscode.commands.executeCommand(`kirosync.${chosen.name}`);
   },
 
@@ -421,7 +435,11 @@ exports.activate = async (context) => {
   session = new Session(context);
   const on = (...subscriptions) => context.subscriptions.push(...subscriptions);
   on(session.bar, session.log, vscode.workspace.registerTextDocumentContentProvider(SCHEME, session.records));
-  for (const [name, tree] of Object.entries(session.trees)) on(vscode.window.registerTreeDataProvider(`kirosync.${name}`, tree));
+  for (const [name, tree] of Object.entries(session.trees)) {
+    const view = vscode.window.createTreeView(`kirosync.${name}`, { treeDataProvider: tree });
+    if (name === "documents") on(looking(view, tree));
+    on(view);
+  }
   for (const [name, act] of Object.entries(ACTIONS)) {
     on(vscode.commands.registerCommand(`kirosync.${name}`, (...given) => act(session, ...given)));
   }
@@ -438,6 +456,13 @@ exports.activate = async (context) => {
   );
   await session.connect();
   session.focused(vscode.window.state.focused);
+};
+
+/** Look at what *tree* shows now and then, while it is seen. */
+const looking = (view, tree) => {
+  const look = () => tree.look().catch((problem) => session.log.warn(problem.message));
+  const timer = setInterval(() => view.visible && vscode.window.state.focused && look(), LOOK_MS);
+  return new vscode.Disposable(() => clearInterval(timer));
 };
 
 /** Look at the documents anew when files have changed. */

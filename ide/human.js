@@ -8,7 +8,6 @@ const { isEnded } = require("./link.js");
 const { line, cut, unlinked, questionOf } = require("./rules.js");
 
 const SHOWN_CHARACTERS = 120; // of a question, in one line
-const BUTTONS = 4; // more choices are a list
 
 /** Ask each kind of question; resolve to the value, or undefined if the human wants to think about it. */
 const ASK = {
@@ -17,10 +16,7 @@ const ASK = {
     const options = { modal: true, detail: detail.join("\n") };
     return (await vscode.window.showInformationMessage(title, options, "Yes", "No"))?.toLowerCase();
   },
-  choice: (prompt, choices) =>
-    choices.length > BUTTONS
-      ? vscode.window.showQuickPick(choices, { title: prompt, ignoreFocusOut: true })
-      : vscode.window.showInformationMessage(prompt, { modal: true }, ...choices),
+  choice: (prompt, choices) => vscode.window.showQuickPick(choices, { title: prompt, ignoreFocusOut: true }),
   text: (prompt) => vscode.window.showInputBox({ title: "Kirosync", prompt, ignoreFocusOut: true }),
   file: async (prompt) => {
     const chosen = await vscode.window.showOpenDialog({ title: prompt, openLabel: "Answer" });

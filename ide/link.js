@@ -13,8 +13,8 @@ const STAY_S = 15; // between looks whether the service still knows us; it sees 
 /**
  * A line to the service at *url*.
  *
- * Events: "change" (a Change of the copy), "state" (when `state`, one of connecting, online and offline, has become
- * another; `problem` says why it is offline). *about* returns what this window says of itself to the others.
+ * Events: "change" (a Change of the copy), "state" (when `state`, one of connecting, online, offline and wrong token, has
+ * become another; `problem` says why it is not online). *about* returns what this window says of itself to the others.
  */
 class Link extends EventEmitter {
   #timer;
@@ -48,7 +48,8 @@ class Link extends EventEmitter {
   }
 
   #feel(problem) {
-    this.#become(problem ? "offline" : "online", problem?.message ?? "");
+    const state = problem?.status === 401 ? "wrong token" : problem ? "offline" : "online";
+    this.#become(state, problem?.message ?? "");
     if (!problem) this.announce();
   }
 

@@ -119,7 +119,7 @@ const cut = (text, length) => ([...text].length > length ? `${[...text].slice(0,
 /** Return what a conversation is called: what its first message says, or its *id*. */
 const titleOf = (id, messages) => {
   const said = messages.find((message) => message.role === "user" && line(message.content)) ?? messages[0];
-  return cut(line(said?.content ?? "").replace(/^#+ |\*\*|`/g, ""), TITLE_CHARACTERS) || id;
+  return cut(line(said?.content ?? "").replace(/^#+ |\*+|`/g, ""), TITLE_CHARACTERS) || id;
 };
 
 /** Return *text* with the code block closed that it leaves open, as one that is still being written does. */
@@ -142,8 +142,7 @@ const markdownOf = (id, messages, when) => {
   const parts = messages.map(
     ({ role, timestamp, content }) => `#### ${role} · ${when(timestamp)}\n\n${closed(content)}\n`,
   );
-  const title = titleOf(id, messages).replace(/([\\`*_<>[\]#])/g, "\\$1");
-  return withoutCommands(`# ${title}\n\n${parts.join("\n---\n\n")}`);
+  return withoutCommands(`\`${id.replaceAll("`", "'")}\`\n\n${parts.join("\n---\n\n")}`);
 };
 
 /** Return how a *command* of the server ended, in words. */
@@ -152,7 +151,8 @@ const endingOf = (command) => {
   const took = command.result?.durationMs ?? (command.endedAt ?? 0) - (command.startedAt ?? command.endedAt ?? 0);
   const how = command.outcome === "ok" || command.outcome === "exit" ? `exit code ${exit ?? 0}` : command.outcome;
   const why = ["ok", "exit"].includes(command.outcome) || !command.error ? "" : `: ${command.error}`;
-  return `${how}${why}, after ${(took / 1000).toFixed(1)} s`;
+  const where = command.agent ? `, on ${command.agent}` : "";
+  return `${how}${why}, after ${(took / 1000).toFixed(1)} s${where}`;
 };
 
 /** Return the question that the arguments of `kirosync.askUser` stand for. */

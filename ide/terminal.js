@@ -43,7 +43,7 @@ class ServerTerminal {
       const id = await this.#posted;
       await this.#follow(id);
       const command = await this.link.ended(id);
-      this.#print(dim(endingOf(command)));
+      this.#print(dim(`${endingOf(command)}; any key closes this`));
       this.resolve([{ ...command, id }, this.#shown]);
     } catch (problem) {
       this.#print(dim(problem.message));

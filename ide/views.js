@@ -22,10 +22,23 @@ const when = (timestamp) => new Date(timestamp).toLocaleString();
 /** A tree of one level: *list* returns its items, now or later. */
 class List {
   #changed = new vscode.EventEmitter();
+  #shown = "";
   onDidChangeTreeData = this.#changed.event;
 
   constructor(list) {
-    this.getChildren = (parent) => (parent ? [] : list());
+    this.list = list;
+  }
+
+  async getChildren(parent) {
+    if (parent) return [];
+    const items = await this.list();
+    this.#shown = JSON.stringify(items);
+    return items;
+  }
+
+  /** Show it anew if it is not as it is shown; for what nobody tells. */
+  async look() {
+    if (JSON.stringify(await this.list()) !== this.#shown) this.refresh();
   }
 
   getTreeItem(item) {
@@ -80,7 +93,7 @@ const documentItems = (entries) =>
       there: ["vscode.open", uriOf("documents", id, name)],
     }[state];
     return item(name, icon, {
-      ...{ id, uri, description: `${path.slice(0, -name.length - 1)} · ${words}`, tooltip: `${path}: ${words}` },
+      ...{ id, uri, description: `${words} · ${path.slice(0, -name.length - 1)}`, tooltip: `${path}: ${words}` },
       contextValue: state === "there" && !uri ? "elsewhere" : state,
       command: { command, title: words, arguments: given },
     });

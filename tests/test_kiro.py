@@ -222,7 +222,7 @@ def test_without_an_ide_it_is_503_not_running_and_nothing_is_queued(server):
     body = said.json()
     assert said.status_code == 503
     assert body.keys() == {"code", "message", "recoverable", "timestamp", "reason"}
-    assert (body["code"], body["message"]) == ("KIRO_UNAVAILABLE", "Kiro IDE is not running")
+    assert (body["code"], body["message"]) == ("KIRO_UNAVAILABLE", "Kiro IDE is not running, or not connected")
     assert (body["recoverable"], body["reason"]) == (True, "not_running")
     assert server.ask("GET", "/commands").json() == {"commands": {}}
 
@@ -471,7 +471,9 @@ def test_a_path_that_no_window_has_open_fails_and_says_so(server, windows):
 
 def test_status_is_unavailable_ready_and_busy(server):
     said = status_of(server)
-    assert said.keys() == {"status", "availableCommands", "timestamp", "pendingInputs", "executions"}
+    fields = {"status", "availableCommands", "timestamp", "pendingInputs", "executions"}
+    assert said.keys() == fields | {"reason", "message"}
+    assert (said["reason"], said["message"]) == ("not_running", "Kiro IDE is not running, or not connected")
     assert (said["status"], said["availableCommands"]) == ("unavailable", [])
     ide = Ide(server.url)
     said = status_of(server)

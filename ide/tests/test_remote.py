@@ -237,8 +237,9 @@ def test_an_agent_that_was_forgotten_announces_itself_anew(service, window):
 
 def test_a_token_that_is_wrong_is_said_to_be(service, window):
     give_token(window, "not the token")
-    bar = window.sees("status", "Kirosync: offline")
-    until(lambda: "does not take the token" in bar.get_attribute("aria-label"), "it does not say why")
+    window.sees("status", "Kirosync: wrong token")
+    window.sees("notification", "does not take the token")
+    window.screenshot("wrong-token")
     give_token(window, service.token)
     until(lambda: status(service)["status"] == "ready", "the right token was not taken")
 
