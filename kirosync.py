@@ -262,9 +262,15 @@ def number(kind: Any, **bounds: Any) -> Any:
     return Annotated[kind, msgspec.Meta(**bounds)]
 
 
+def without(record: Record, *names: str) -> Record:
+    """Return *record* less the fields of these *names*."""
+    return {key: value for key, value in record.items() if key not in names}
+
+
 def shape(required: dict[str, Any], optional: dict[str, Any]) -> Any:
-    """Return the type of an object with these fields, and any others."""
-    return TypedDict("shape", {**{key: Required[kind] for key, kind in required.items()}, **optional}, total=False)  # type: ignore
+    """Return the type of an object with these fields, and any others. What is in both is required."""
+    wanted = {key: Required[kind] for key, kind in required.items()}
+    return TypedDict("shape", {**wanted, **without(optional, *wanted)}, total=False)  # type: ignore
 
 
 Text = Annotated[str, msgspec.Meta(min_length=1)]
@@ -460,11 +466,6 @@ def is_name(name: str) -> bool:
         return name_of(check_id(urllib.parse.unquote(name))) == name
     except Malformed:
         return False
-
-
-def without(record: Record, *names: str) -> Record:
-    """Return *record* less the fields of these *names*."""
-    return {key: value for key, value in record.items() if key not in names}
 
 
 def canonical(value: Any) -> bytes:

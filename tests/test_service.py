@@ -115,6 +115,11 @@ def test_the_openapi_document_is_one_and_names_every_route(client):
     assert queries == ["since", "wait", "only", "status", "agent"]
 
 
+def test_a_command_without_a_status_is_refused_by_its_name(client):
+    said = client.post_json("/sync", {"commands": {"c": {"type": "execute_bash"}}}, status=400).json
+    assert (said["field"], said["error"]) == ("commands.c.status", "commands.c.status: is required")
+
+
 def test_every_query_parameter_that_a_handler_reads_is_in_the_route_table():
     for route in kirosync.ROUTES:
         source = inspect.getsource(getattr(kirosync.Service, route.handler))
