@@ -86,11 +86,10 @@ class Remote {
         this.#waiting.delete(id);
         continue;
       }
-      const refusal = this.#refusal(command);
-      if (refusal && command.target !== this.link.name) continue; // another window may take it
+      if (this.#refusal(command) && command.target !== this.link.name) continue; // another window may take it
       if (this.#running.size >= AT_ONCE) return;
       this.#waiting.delete(id);
-      this.#take({ ...command, id }, refusal);
+      this.#take({ ...command, id });
     }
   }
 
@@ -102,12 +101,13 @@ class Remote {
     return "";
   }
 
-  async #take(command, refusal) {
+  async #take(command) {
     const run = new Run(command, this.link.name);
     this.#running.set(command.id, run);
     try {
       if (!(await this.#claim(run)) || this.link.copy.closed) return;
       this.changed();
+      const refusal = this.#refusal(command); // as it is now: the claim may have taken its time
       const report = refusal ? { outcome: "refused", error: refusal } : await this.#perform(run);
       this.log(command, report);
       const patch = { status: "failed", ...report, ...run.held };
