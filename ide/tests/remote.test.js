@@ -23,12 +23,13 @@ const order = (more) => ({ type: "kiro_command", status: "pending", command: "x"
 const settled = () => new Promise((resolve) => setTimeout(resolve, 20));
 
 test("what is claimed is executed once, and reported", async () => {
-  const { remote, said, ran, commands } = window();
+  const once = (patch, said) => (said.indexOf("completed") < 0 || patch.result ? { attempt: 1 } : null);
+  const { remote, said, ran, commands } = window(once);
   commands.c = order();
   remote.heard(["c"]);
-  remote.heard(["c"]); // the copy is as it was before the claim
+  remote.heard(["c"]); // the copy is as it was before the claim: it asks again, and is told no
   await settled();
-  assert.deepStrictEqual([said, ran], [["processing", "completed"], ["x"]]);
+  assert.deepStrictEqual([said, ran], [["processing", "completed", "processing"], ["x"]]);
 });
 
 test("what another has claimed is not executed", async () => {
