@@ -869,7 +869,7 @@ def window_for(path: str | None, windows: dict[str, Record]) -> str:
 def contains(folder: str, path: str) -> bool:
     """Return whether *path* is *folder* or inside it, by their names, on whatever system they are.
 
-    >>> contains("/work/app", "/work/app/src/"), contains("/work/app", "/work/apple"), contains("c:\\\\x", "C:/x/y")
+    >>> contains("/srv/app", "/srv/app/src/"), contains("/srv/app", "/srv/apple"), contains("c:\\\\x", "C:/x/y")
     (True, False, True)
     """
     outer, inner = ([*filter(None, re.split(r"[/\\]", text))] for text in (folder, path))
@@ -2974,16 +2974,20 @@ class Editors:
 
     def windows(self) -> dict[str, Record]:
         """Return what the windows that are there, and take commands, said of themselves, by name."""
-        return {name: agent.said for name, agent in self.ides(here=True) if "kiro_command" in agent.said["types"]}
+        now = self.store.clock()
+        here = ((name, agent.said) for name, agent in self.ides() if agent.present(now))
+        return {name: said for name, said in here if "kiro_command" in said["types"]}
 
-    def ides(self, here: bool = False) -> list[tuple[str, Agent]]:
-        now, agents = self.store.clock(), self.store.agents().items()
-        return [pair for pair in agents if pair[1].said["kind"] == "ide" and (pair[1].present(now) or not here)]
+    def ides(self) -> list[tuple[str, Agent]]:
+        return [(name, agent) for name, agent in self.store.agents().items() if agent.said["kind"] == "ide"]
 
     def unavailable(self, **details: Any) -> Unavailable:
-        if not self.ides():
+        ides, now = self.ides(), self.store.clock()
+        if not ides:
             return Unavailable("Kiro IDE is not running, or not connected", reason="not_running", **details)
-        hint = ": remote control is switched off in it" if self.ides(here=True) and not self.windows() else ""
+        here = [agent.said for _, agent in ides if agent.present(now)]
+        off = here and not any("kiro_command" in said["types"] for said in here)
+        hint = ": remote control is switched off in it" if off else ""
         return Unavailable(f"Kiro IDE is not responding to commands{hint}", reason="not_responding", **details)
 
     def running(self, windows: Container[str]) -> list[Record]:
@@ -2994,8 +2998,8 @@ class Editors:
 
     def is_deserted(self, command: Record, status: str) -> bool:
         """Return whether nobody is there any more to take *command*, which has this *status*."""
-        seen = self.store.agent_seen(command.get("target", "")) if status == "pending" else 0
-        return status == "pending" and not is_present(seen, self.store.clock())
+        target = command.get("target", "")
+        return status == "pending" and not is_present(self.store.agent_seen(target), self.store.clock())
 
     def finish(self, identity: str) -> Record:
         """Return an execution that has ended; cancel one that has not, and raise why."""
@@ -3018,7 +3022,8 @@ class Editors:
         running = self.running(windows)
         said: Record = {"status": ("busy" if running else "ready") if windows else "unavailable"}
         if not windows:
-            said |= {"reason": self.unavailable().details["reason"], "message": str(self.unavailable())}
+            refusal = self.unavailable()
+            said |= {"reason": refusal.details["reason"], "message": str(refusal)}
         if running:
             said["currentCommand"] = running[0].get("command", "")
         if windows and (version := windows[window_for(None, windows)].get("version")):

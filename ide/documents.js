@@ -23,9 +23,12 @@ const uriOf = (kind, id, name) =>
 
 const idOf = (uri) => decodeURIComponent(uri.path.split("/")[2]);
 
+/** Return the document that the editor has of the file at *uri*, if it has one. */
+const openAt = (uri) => vscode.workspace.textDocuments.find((document) => String(document.uri) === String(uri));
+
 /** Return the text in the file at *uri*, also what is not saved yet; undefined if there is none, or it is no text. */
 const textAt = async (uri) => {
-  const open = vscode.workspace.textDocuments.find((document) => String(document.uri) === String(uri));
+  const open = openAt(uri);
   if (open?.isDirty) return open.getText(); // else the file is at least as new
   try {
     if ((await vscode.workspace.fs.stat(uri)).size > FILE_BYTES) return undefined;
@@ -116,7 +119,7 @@ class Documents {
   }
 
   #record({ id, uri, path, content }) {
-    const open = vscode.workspace.textDocuments.find((document) => String(document.uri) === String(uri));
+    const open = openAt(uri);
     const language = open ? { language: open.languageId } : {};
     const there = this.there[id];
     const timestamp = Math.max(Math.round(this.session.link.copy.now()), (there?.timestamp ?? 0) + 1); // the later wins
@@ -142,13 +145,12 @@ class Documents {
     return this.session.memory.update(`step:${id}`, digest(content));
   }
 
-  /** Show the server's version of the file at *uri* beside it; return its id, undefined if there is none. */
+  /** Show the server's version of the file at *uri* beside it. */
   async compare(uri) {
     const { id, path } = this.entry(uri) ?? {};
     if (!this.there[id]) return void vscode.window.showInformationMessage("Kirosync: this file is not on the server");
     const name = path.split("/").at(-1);
     await vscode.commands.executeCommand("vscode.diff", uri, uriOf("documents", id, name), `${name}: here ↔ server`);
-    return id;
   }
 
   /** Show how the server's version of the document *id* differs, and put it in the place of what is here if that is wanted. */

@@ -81,7 +81,6 @@ class Session {
     return this.link?.copy.state ?? { conversations: {}, documents: {}, commands: {} };
   }
 
-
   /** Connect to the service that the settings name, with the token that is kept for it. */
   connect() {
     this.#turn = this.#turn.then(() => this.#disconnect()).then(() => this.#connect());
@@ -145,16 +144,12 @@ class Session {
     const commands = await vscode.commands.getCommands(true);
     return {
       kind: "ide",
-      types: this.#types(),
+      types: settings().get("remoteControl") === true ? ["kiro_command"] : [],
       version: `${vscode.env.appName} ${vscode.version}`,
       availableCommands: commands.filter((command) => allows(patterns, command)).sort(),
       workspaceFolders: folders(),
       ...(this.#focused ? { focusedAt: this.#focused } : {}),
     };
-  }
-
-  #types() {
-    return settings().get("remoteControl") === true ? ["kiro_command"] : [];
   }
 
   /** Tell the others that this window is another than it was. */

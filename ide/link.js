@@ -163,4 +163,4 @@ const isEnded = (command) => ["completed", "failed"].includes(command.status);
 
 const at = (id) => `/command/${encodeURIComponent(id)}`;
 
-module.exports = { Link, pause, at, isEnded, UNHELD_S, Unreachable: kirosync.Unreachable, Refused: kirosync.Refused };
+module.exports = { Link, pause, at, isEnded, UNHELD_S, Refused: kirosync.Refused };

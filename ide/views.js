@@ -117,10 +117,10 @@ class Records {
     return kind === "conversations" ? markdownOf(id, record, when) : record.content;
   }
 
-  /** Show anew what is open, of the records that have changed, or of all. */
+  /** Show anew what is open, of the records *ids*. */
   refresh(ids) {
     for (const { uri } of vscode.workspace.textDocuments) {
-      if (uri.scheme === SCHEME && (!ids || ids.has(idOf(uri)))) this.#changed.fire(uri);
+      if (uri.scheme === SCHEME && ids.has(idOf(uri))) this.#changed.fire(uri);
     }
   }
 }

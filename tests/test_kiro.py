@@ -437,7 +437,7 @@ def test_an_idempotency_key_makes_it_one_execution(server, ide):
 def windows(server):
     both = {
         name: Ide(server.url, name, workspaceFolders=[folder], focusedAt=focused)
-        for name, folder, focused in (("one", "/work/app", 1), ("two", "/work/app/inner", 2))
+        for name, folder, focused in (("one", "/srv/app", 1), ("two", "/srv/app/inner", 2))
     }
     yield both
     for ide in both.values():
@@ -446,7 +446,7 @@ def windows(server):
 
 @pytest.mark.parametrize(
     ("path", "name"),
-    [("/work/app", "one"), ("/work/app/src/x", "one"), ("/work/app/inner/", "two"), (None, "two")],
+    [("/srv/app", "one"), ("/srv/app/src/x", "one"), ("/srv/app/inner/", "two"), (None, "two")],
 )
 def test_a_workspace_path_goes_to_the_window_that_has_it_open(server, windows, path, name):
     more = {"workspacePath": path} if path else {}
@@ -460,8 +460,8 @@ def test_without_a_path_it_goes_to_the_window_focused_last(server, windows):
 
 
 def test_a_path_that_no_window_has_open_fails_and_says_so(server, windows):
-    said = execute(server, "object", workspacePath="/work/apple")
-    error = "No editor window has /work/apple open; open are: /work/app, /work/app/inner"
+    said = execute(server, "object", workspacePath="/srv/apple")
+    error = "No editor window has /srv/apple open; open are: /srv/app, /srv/app/inner"
     assert said.status_code == 422
     assert said.json() == {"success": False, "output": "", "error": error, "executionTimeMs": 0}
 
