@@ -1336,7 +1336,7 @@ class FolderLink:
 
         self.rules, self.poll = kirosync, poll
         try:
-            self.store = kirosync.Store(directory, kinds=("commands",))
+            self.store = kirosync.Store(directory, kinds=("commands",), by="agent")
         except kirosync.Refusal as refusal:
             raise Unreachable(f"the state directory {directory} cannot be opened: {refusal}") from None
         self.cursor: str | None = None
