@@ -23,8 +23,8 @@ LOOKS = {  # what is printed: what is shown
     b"AWS_SECRET_ACCESS_KEY=" + AWS_KEY + b"\n": b"AWS_SECRET_ACCESS_KEY=[redacted]\n",
     b'"SecretAccessKey": "' + AWS_KEY + b'",': b'"SecretAccessKey": "[redacted]",',
     b"AWS Secret Access Key [None]: " + AWS_KEY: b"AWS Secret Access Key [None]: [redacted]",
-    b"AWS Secret Access Key [****************ABCD]: " + AWS_KEY: (
-        b"AWS Secret Access Key [****************ABCD]: [redacted]"
+    b"AWS Secret Access Key [****************AKIA]: " + AWS_KEY: (
+        b"AWS Secret Access Key [****************AKIA]: [redacted]"
     ),
     b'\x1b[34m"SecretAccessKey"\x1b[0m: \x1b[32m"' + AWS_KEY: b'\x1b[34m"SecretAccessKey"\x1b[0m: \x1b[32m"[redacted]',
     b"aws_session_token = " + AWS_KEY * 9 + b"==\n": b"aws_session_token = [redacted]\n",
@@ -34,6 +34,7 @@ LOOKS = {  # what is printed: what is shown
     b"key:\n" + PEM + b"done": b"key:\n-----BEGIN RSA PRIVATE KEY-----[redacted]\ndone",
     PEM.replace(b"\n", b"\\n") + b'"}': b'-----BEGIN RSA PRIVATE KEY-----[redacted]\\n"}',
     PEM.replace(b"RSA ", b"").replace(b"\n", b"\r\n"): b"-----BEGIN PRIVATE KEY-----[redacted]\r\n",
+    b"-----BEGIN AKIA PRIVATE KEY-----\n" + BODY: b"-----BEGIN AKIA PRIVATE KEY-----[redacted]",  # one sign in another
     b"-----BEGIN PGP PRIVATE KEY BLOCK-----\nVersion: 1 (x)\n\n"
     + BODY: b"-----BEGIN PGP PRIVATE KEY BLOCK-----[redacted]",
 }
@@ -41,6 +42,7 @@ INNOCENT = [
     b"a bearer token is sent, bearer authentication",
     b"Bearer short",
     b"AKIA and ASIA, AKIAIOSFODNN7EXAMPL, kirosync_token, kirosync.py",
+    b"session_token\x1b[0m" + b"x" * 38 + b"_",  # two bytes short, unless those of a color count
     b"secret_access_key: the name of it, and no value; session token",
     b"-----BEGIN PUBLIC KEY-----\nMIIE\n-----END PUBLIC KEY-----",
     b"\xff\xfe\x00 no text \x80" * 50,
@@ -106,9 +108,8 @@ def test_however_output_is_cut_the_same_is_shown_and_no_value(text, more):
 
 
 def test_values_that_overlap_or_touch_are_one():
-    assert redacted(b"1 abcdefgh 2 abcdefabcdef 3 abcdefghij.", values=VALUES) == (
-        b"1 [redacted] 2 [redacted] 3 [redacted]."
-    )
+    text = b"1 abcdefgh 2 abcdefabcdef 3 abcdefghij 4 abcdefghijabcdef."
+    assert redacted(text, values=VALUES) == b"1 [redacted] 2 [redacted] 3 [redacted] 4 [redacted]."
     assert redacted(b"Bearer id:" + b"s" * 20, values=[b"id:ssssssss"]) == b"Bearer [redacted]ssssssssssss"
     assert redacted(b"Bearer abcdefghijklmnopq:rest", values=[b"nopq:rest"]) == b"Bearer [redacted]"
 
