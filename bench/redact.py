@@ -5,6 +5,7 @@
 
 64 MiB of each kind, in pieces as a pipe gives them and in small ones, into a file; the two in turns, in the same
 run. The ratio is the median of the turns. The redactor knows 20 values of 40 bytes. Without a file is the bare rule.
+Then commands as a worker of the agent executes them: one that prints as much, and one that prints nothing.
 """
 
 import argparse
@@ -59,7 +60,30 @@ def measure(output, size, path, turns):
     return plain, redacted, statistics.median(with_it / without for without, with_it in pairs)
 
 
+def executed(forks, command, folder, secrets):
+    """Return how long (s) it takes to execute a *command* line with these *secrets*."""
+    order = {"id": "c", "type": "execute_bash", "command": command}
+    run = agent.Run(agent.Policy().limited(order), forks, (), secrets)
+    run.paths = {"stdout": Path(folder, "out")}
+    begun = time.perf_counter()
+    report = agent.execute(run)
+    took = time.perf_counter() - begun
+    assert report["status"] == "completed", report
+    run.paths["stdout"].unlink(missing_ok=True)
+    return took
+
+
+def commands(forks, size, folder, turns):
+    print("\n| command | without redaction | with 2 values | with 20 |\n|---|---|---|---|")
+    known = [None, agent.Secrets(values=VALUES[:2]), agent.Secrets(values=VALUES)]
+    for command, times in ((f"yes '{LINE.decode().strip()}' | head -c {size}", turns), ("true", 20 * turns)):
+        rounds = [[executed(forks, command, folder, secrets) for secrets in known] for _ in range(times)]
+        figures = " | ".join(f"{statistics.median(each) * 1000:.1f} ms" for each in zip(*rounds, strict=True))
+        print(f"| `{command[:4].strip()}` | {figures} |")
+
+
 def main():
+    forks = agent.ForkServer()  # before anything makes us large
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="8 MiB, and fewer turns")
     quick = parser.parse_args().quick
@@ -73,6 +97,8 @@ def main():
                 print(
                     f"| {what} | {pieces} | {plain:.0f} MB/s | {redacted:.0f} MB/s | {ratio:.1f} | {alone:.0f} MB/s |"
                 )
+        commands(forks, (8 if quick else 64) << 20, folder, 3 if quick else 5)
+    forks.close()
 
 
 if __name__ == "__main__":
