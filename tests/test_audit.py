@@ -205,6 +205,19 @@ def test_nothing_is_entered_twice_when_the_crash_came_before_the_position_was_ke
     assert verify(state).returncode == 0
 
 
+def test_a_log_that_was_cut_while_nothing_ran_is_not_continued_as_if_whole(store, state, audit, begun, caplog):
+    change(store, "a", "b", "c")
+    audit.follow()
+    path = state / "log" / "audit.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:1]))
+    after = begun(store)
+    change(store, "d")
+    after.follow()
+    assert "the audit log has lost the lines 2 to 3" in caplog.text
+    assert [line["seq"] for line in entered(state / "log")] == [1, 4]
+    assert "line 2 is number 4 where 2 should be" in verify(state).stderr
+
+
 def test_a_journal_that_is_compacted_takes_nothing_from_the_log(store, state, audit, monkeypatch):
     monkeypatch.setattr(kirosync, "SLACK_LINES", 0)
     for number in range(20):
