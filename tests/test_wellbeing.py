@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+import webtest
 from conftest import ROOT, Process, Server, until
 
 import kirosync
@@ -53,6 +54,30 @@ def test_it_is_unhealthy_before_the_disk_is_full(client, monkeypatch):
     assert health(client) == ""
     monkeypatch.setattr(kirosync, "LOW_FILES", 1 << 60)
     assert health(client).startswith("the disk is nearly full: ")
+
+
+def test_it_is_unhealthy_while_the_state_cannot_be_written_and_notices_by_itself_when_it_can(store, monkeypatch):
+    service = kirosync.Service(store, kirosync.Keyring(store.directory, TOKEN))
+    client = webtest.TestApp(service.app)
+    client.authorization = ("Bearer", TOKEN)
+    write = kirosync.set_aside
+
+    def broken(files):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(kirosync, "set_aside", broken)
+    monkeypatch.setattr(kirosync, "SWEEP_S", 0.01)
+    client.post_json("/command", BASH, status=500)
+    sweeping = threading.Thread(target=service.sweep)
+    sweeping.start()
+    try:
+        time.sleep(0.2)
+        assert health(client) == "the state directory cannot be written (Input/output error): nothing was changed"
+        monkeypatch.setattr(kirosync, "set_aside", write)
+        until(lambda: health(client) == "")
+    finally:
+        store.release()
+        sweeping.join()
 
 
 # Metrics
