@@ -10,7 +10,7 @@ import time
 
 import pytest
 import webtest
-from conftest import ROOT, Process, Server, until
+from conftest import ROOT, TOKEN, Process, Server, until
 
 import kirosync
 
