@@ -51,6 +51,7 @@ import ctypes
 import datetime
 import errno
 import gc
+import gzip
 import hashlib
 import hmac
 import html
@@ -68,6 +69,7 @@ import signal
 import stat
 import struct
 import sys
+import tarfile
 import threading
 import time
 import urllib.parse
@@ -76,7 +78,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict, TypeVar, get_args, get_origin
+from typing import IO, Annotated, Any, Literal, NamedTuple, Required, TypedDict, TypeVar, get_args, get_origin
 
 import bottle
 import filelock
@@ -245,6 +247,9 @@ REJOIN_S = 60.0  # after its end the result of one whose caller hung up is kept 
 TEND_S = 60.0  # between looks for what has become too long or too old
 SWEEP_S = 1.0  # between looks for commands that are overdue
 SLACK_LINES = 1000  # a journal is compacted when it is twice its records and this long
+SNAPSHOTS = 5  # tried, one after the other, where files are being edited by hand
+GZIP_LEVEL = 6  # of a backup: the next ones take twice as long, and save a hundredth
+HEADER_BYTES = 1 << 20  # read of a backup for one file's name: ours take some thousand
 EPOCHS = 256  # starts of a service that cursors are remembered for
 GZIP_BYTES = 1024  # smaller answers gain nothing
 SPOOLED_BYTES = 1 << 40  # of an answer are set aside on disk for a slow reader, rather than that a thread waits for it
@@ -941,6 +946,74 @@ def fitting(question: Record, said: Record) -> str:
     return value
 
 
+# What happens to a command while it is executed, without the claim becoming another.
+MEANWHILE = ("updatedAt", "leaseUntil", "cancelRequested", "inputSize", "inputClosed")
+RESTORED = {  # how a command that was open in a backup ends, and why
+    "pending": (
+        "expired",
+        "restored from a backup: it may have been executed since that was taken; queue it again if not",
+    ),
+    "processing": ("lost", "restored from a backup: it was running when that was taken; how it ended is unknown"),
+}
+
+
+def restored(command: Record, present: Record | None, now: int) -> Record:
+    """Return the *command* of a backup as it is once that is restored; *present* is what it is before that.
+
+    One that was open may have been executed since, and ends; unless it is as it was, or still in the same execution.
+
+    >>> restored({"id": "c", "status": "pending", "createdAt": 1}, None, now=9)["outcome"]
+    'expired'
+    """
+    if command["status"] in ENDED:
+        return command
+    if present and without(present, *MEANWHILE) == without(command, *MEANWHILE):
+        return present
+    outcome, error = RESTORED[command["status"]]
+    return fail(command, outcome, error, now)
+
+
+# What lies where in the state directory: each part of it, and the paths of its files.
+KIND, NAME = f"(?P<kind>{'|'.join(KINDS)})", "(?P<name>[^/]+)"
+LAYOUT = {
+    "record": rf"{KIND}/{NAME}\.json",
+    "tombstone": rf"(deleted|archive)/{KIND}/{NAME}\.json",
+    "output": rf"(archive/)?output/{NAME}\.(out|err|in)",
+    "version": rf"history/{KIND}/{NAME}/[0-9]{{16}}-[0-9a-f]{{12}}\.json",
+    "agent": rf"agents/{NAME}\.json",
+    "quarantined": r"quarantine/.+",
+    "token": r"token|tokens\.json",
+    "told": r"told\.json",
+    "journal": r"journal\.jsonl",
+}
+PATHS = {part: re.compile(pattern, re.DOTALL) for part, pattern in LAYOUT.items()}
+
+
+class Place(NamedTuple):
+    """What a file in the state directory is for; ``kind`` and ``identity`` are of the record that it is about."""
+
+    part: str
+    kind: str
+    identity: str
+
+
+def place_of(path: str) -> Place | None:
+    """Return what the file *path*, within the state directory, is for; None if it is nothing that kirosync writes.
+
+    >>> place_of("documents/a%20b.json")
+    Place(part='record', kind='documents', identity='a b')
+    >>> place_of("documents/a b.json"), place_of("quarantine/../../etc/passwd"), place_of("/token")
+    (None, None, None)
+    """
+    if {"", ".", ".."}.intersection(path.split("/")):
+        return None
+    for part, pattern in PATHS.items():
+        if found := pattern.fullmatch(path):
+            said = {"kind": "commands", "name": "x", **found.groupdict()}
+            return Place(part, said["kind"], urllib.parse.unquote(said["name"])) if is_name(said["name"]) else None
+    return None
+
+
 # ---------------------------------------------------------------------------------------- Store
 # The only code that touches the state directory.
 
@@ -974,6 +1047,14 @@ class Line(msgspec.Struct, frozen=True):
         """Yield what those may wait for who are to be told of it."""
         yield (self.kind,)
         yield self.kind, self.id
+
+
+def line_of(text: bytes) -> Line:
+    """Return what a line of the journal says; raise ValueError or Malformed."""
+    line = msgspec.json.decode(text, type=Line)
+    if line.kind in KINDS:
+        check_id(line.id)
+    return line
 
 
 class Whole(NamedTuple):
@@ -1833,8 +1914,7 @@ class Journal:
             os.ftruncate(self.fd, start + whole)
         for text in raw[:whole].splitlines():
             try:
-                line = msgspec.json.decode(text, type=Line)
-                lines += [line] if line.kind not in KINDS or check_id(line.id) else []
+                lines.append(line_of(text))
             except (ValueError, Malformed) as error:
                 log.warning("a line of the journal cannot be read and is passed over: %s", error)
         self.lines += len(lines)
@@ -1893,8 +1973,94 @@ class Journal:
         self.fd = -1
 
 
+def read_journal(raw: bytes) -> tuple[list[Line], list[str]]:
+    """Return the lines of a journal, and what is wrong with it."""
+    lines: list[Line] = []
+    flaws, head = [], 0
+    for number, text in enumerate(raw.split(b"\n")[:-1], 1):
+        try:
+            line = line_of(text)
+            flaw = flaw_of_line(line, head)
+            flaws += [f"line {number} {flaw}"] if flaw else []
+            head = max(head, 0 if line.op == "open" else line.revision)
+            lines.append(line)
+        except (ValueError, Malformed) as error:
+            flaws.append(f"line {number} cannot be read: {error}")
+    return lines, flaws if raw.endswith(b"\n") or not raw else [*flaws, "its last line is torn"]
+
+
+def flaw_of_line(line: Line, head: int) -> str:
+    """Return what is wrong with a *line* of the journal that comes after revision *head*; "" if nothing is."""
+    if not 0 <= line.revision <= LAST_REVISION:
+        return f"has the revision {line.revision}, which none can be"
+    if line.op != "open" and line.revision <= head:
+        return f"has the revision {line.revision}, after {head}"
+    return "" if line.op in (*REPLACES, "open") else f"says {line.op!r}, which is nothing that happens"
+
+
+def standing_of(lines: Iterable[Line]) -> dict[tuple[str, str, str], Line]:
+    """Return the lines that still stand, by (kind, id, op); see REPLACES."""
+    standing: dict[tuple[str, str, str], Line] = {}
+    for line in lines:
+        for op in REPLACES.get(line.op, (line.op,)):
+            standing.pop((line.kind, line.id, op), None)
+        standing[line.kind, line.id, line.op] = line
+    return standing
+
+
+class Lock:
+    """The lock that processes share. Threads take turns before they come here.
+
+    Its file is never removed; where someone does, by hand, others lock the one that has come since, and so do we.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.fd = path, self._open(path)
+
+    @staticmethod
+    def _open(path: Path) -> int:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def is_current(self) -> bool:
+        """Return whether what is held open is what the lock's name stands for."""
+        try:
+            return os.path.samestat(os.fstat(self.fd), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold it; raise Busy if another process does for too long."""
+        until = time.monotonic() + LOCK_S
+        while not (filelock.lock_descriptor(self.fd, blocking=False) and self.is_current()):
+            if not self.is_current():
+                os.close(self.fd)
+                self.fd = self._open(self.path)
+            elif time.monotonic() > until:
+                raise Busy(f"another process has held {self.path} for {LOCK_S:.0f} s; try again")
+            else:
+                time.sleep(LOCK_POLL_S)
+        try:
+            yield
+        finally:
+            filelock.unlock_descriptor(self.fd)
+
+    def close(self) -> None:
+        os.close(self.fd)
+        self.fd = -1
+
+
 def nothing(pen: Pen) -> None:
     """The rule that changes nothing; to run it is to take in what others did."""
+
+
+def give_reason(place: Path, reason: str) -> None:
+    """Say beside *place*, in quarantine, why what is there is."""
+    fd = os.open(f"{place}.reason", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        write_all(fd, f"{reason}\n".encode(errors="replace"))
+    finally:
+        os.close(fd)
 
 
 class Asked(NamedTuple):
@@ -1930,7 +2096,7 @@ class Store:
         self._suspects: dict[tuple[str, str], int] = {}  # (kind, name): when to look at it again, in ms
         self._sound = False  # else the directory is to be read anew
         self._make_folders()
-        self._lock = self._open_lock()
+        self._lock = Lock(self.directory / ".lock")
         self._journal = Journal(self.directory / "journal.jsonl")
         try:
             self.change(nothing)
@@ -2172,7 +2338,7 @@ class Store:
         try:
             if self._together > 1:
                 time.sleep(GATHER_S)  # those just served are about to ask again
-            with self._locked():
+            with self._lock.held():
                 waiting = self._take_queue()
                 self._commit(waiting)
         except BaseException as error:  # whatever it was, nobody is to be told that all is well
@@ -2209,33 +2375,6 @@ class Store:
             self._next = self._queue[0]
             self._next.bell.release()
         self._queued.notify_all()
-
-    def _open_lock(self) -> int:
-        return os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-
-    def _is_the_lock(self) -> bool:
-        """Return whether what we hold open is what the lock's name stands for."""
-        try:
-            return os.path.samestat(os.fstat(self._lock), os.stat(self.directory / ".lock"))
-        except FileNotFoundError:
-            return False
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Hold the lock that processes share. Threads take turns before they come here."""
-        until = time.monotonic() + LOCK_S
-        while not (filelock.lock_descriptor(self._lock, blocking=False) and self._is_the_lock()):
-            if not self._is_the_lock():  # removed or replaced by hand: others lock the one that has come since
-                os.close(self._lock)
-                self._lock = self._open_lock()
-            elif time.monotonic() > until:
-                raise Busy(f"another process has held {self.directory / '.lock'} for {LOCK_S:.0f} s; try again")
-            else:
-                time.sleep(LOCK_POLL_S)
-        try:
-            yield
-        finally:
-            filelock.unlock_descriptor(self._lock)
 
     def _commit(self, waiting: list[Asked]) -> None:
         """Run each rule, make what they wrote durable together, and give the answers."""
@@ -2429,7 +2568,7 @@ class Store:
         path = self.directory / kind / f"{name}.json"
         place = self.directory / "quarantine" / f"{kind}.{name[: NAME_BYTES // 2]}.{os.lstat(path).st_mtime_ns}"
         place.parent.mkdir(mode=0o700, exist_ok=True)
-        place.with_name(place.name + ".reason").write_text(reason + "\n")
+        give_reason(place, reason)
         if stat.S_ISREG(os.lstat(path).st_mode):
             with contextlib.suppress(FileExistsError):  # there already: what came of it was not made durable
                 os.link(path, place)
@@ -2444,6 +2583,7 @@ class Store:
             return
         anew, self._sound = not (self._sound and self._journal.grown()), False
         if anew:
+            complete_restores(self.directory)
             self._journal.close()
             self._journal = Journal(self._journal.path)
         with self.shown:
@@ -2512,13 +2652,30 @@ class Store:
             self._note(line)
         self.entries = {kind: self.entries[kind] for kind in self.kinds}
         self._suspects = {key: when for key, when in self._suspects.items() if key[0] in self.kinds}
-        epoch = Line(self.revision, self.clock(), self.last_update, "journal", secrets.token_hex(6), "open")
-        self._note(epoch)
         try:
-            self._journal.enter([*strangers, epoch])
+            self._journal.enter([*strangers, self._epoch(secrets.token_hex(6), self.revision)])
             sync_folder(self.directory)
         except OSError as error:  # a full disk can still be read, and strangers are met again
             log.warning("the journal cannot be written: %s", error.strerror)
+
+    def _epoch(self, name: str, revision: int) -> Line:
+        """Return the line from which on cursors are of the epoch *name*, and numbers come after *revision*."""
+        line = Line(revision, self.clock(), self.last_update, "journal", name, "open")
+        self._note(line)
+        return line
+
+    def begin_epoch(self, name: str, revision: int) -> None:
+        """Have cursors be of the epoch *name* from now on, and the next number come after *revision*."""
+        self.change(lambda pen: self._journal.enter([self._epoch(name, revision)]))
+        with self.shown:
+            self._mark_head()
+
+    def settle(self) -> None:
+        """Take in all that was done by hand, also what is so new that it may be half done."""
+        self.notice(None)
+        if self._suspects:
+            time.sleep(SETTLE_S * 1.1)
+            self.notice(None)
 
     def _aside(self) -> list[Path]:
         """Return the files that were set aside and are neither renamed nor removed: a writer was stopped."""
@@ -2529,9 +2686,11 @@ class Store:
         """Remove what was set aside and never entered in the journal: it was not acknowledged."""
         history = (self.directory / "history").glob(".*.json") if self.kinds == KINDS else ()
         others = (path for path in self.directory.glob(".*.json*.*") if not os.path.exists(f"/proc/{path.suffix[1:]}"))
-        for path in itertools.chain(self._aside(), history, others):
+        agents = (self.directory / "agents").glob(".*.json")
+        for path in itertools.chain(self._aside(), history, agents, others):
             with passed_over("%s", path):
                 path.unlink(missing_ok=True)
+        remove_deserted(self.directory.glob(f"{SNAPSHOT}*"))
         for file in os.listdir(self.directory / "output") if "commands" in self.kinds else ():
             identity = urllib.parse.unquote(file.rpartition(".")[0])  # its writer did not live to clear this away
             if ("commands", identity, "put") not in self.recent:
@@ -2581,10 +2740,9 @@ class Store:
         self.release()
         with self._queued:
             self._queued.wait_for(lambda: not self._committing)
-            if self._lock >= 0:
+            if self._lock.fd >= 0:
                 self._journal.close()
-                os.close(self._lock)
-            self._lock = -1
+                self._lock.close()
 
 
 def refusal_of(error: OSError) -> Refusal:
@@ -2594,6 +2752,379 @@ def refusal_of(error: OSError) -> Refusal:
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return Busy("too many files are open: nothing was changed; try again")
     return Broken(f"the state directory cannot be written ({error.strerror}): nothing was changed")
+
+
+SNAPSHOT, RESTORE = ".snapshot.", ".restore."  # folders of work under way; who does it holds their lock
+OUTSIDE = re.compile(r"\.lock|\.service|log|before-restore-.*|README\.md|lost\+found|\.(snapshot|restore)\..*")
+
+
+def walk(directory: Path, folder: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Yield all that is in the state *directory* and belongs to the state, or might: its path there, and its entry."""
+    try:
+        entries = [*os.scandir(directory / folder)]
+    except FileNotFoundError:  # it went while we came
+        return
+    for entry in entries:
+        if folder or not OUTSIDE.fullmatch(entry.name):
+            path = f"{folder}{entry.name}"
+            yield path, entry
+            if entry.is_dir(follow_symlinks=folder.count("/") < 2):  # a part may be on another disk
+                yield from walk(directory, f"{path}/")
+
+
+def occupy(folder: Path) -> int:
+    """Make *folder*, and return what holds its lock for as long as its maker lives."""
+    folder.mkdir(mode=0o700)
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    filelock.lock_descriptor(fd)
+    return fd
+
+
+def remove_deserted(folders: Iterable[Path]) -> None:
+    """Remove those *folders* whose makers (see occupy) have gone without doing so."""
+    for folder in folders:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if filelock.lock_descriptor(fd, blocking=False):
+                with passed_over("%s", folder):
+                    shutil.rmtree(folder)
+        finally:
+            os.close(fd)
+
+
+class Snapshot:
+    """The state as it was at one moment, as a folder of links within the state directory, while others go on.
+
+    Whoever changes a record renames another file into its place, so that a link stays what it was. What is appended to
+    counts up to the size that it had at that moment. ``held`` is for how long (s) others had to wait.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.held = Path(directory).absolute(), 0.0
+        self.folder = self.directory / f"{SNAPSHOT}{secrets.token_hex(6)}"
+        self.sizes: dict[str, int] = {}  # of the files, by their paths
+
+    def __enter__(self) -> Snapshot:
+        if not (self.directory / "journal.jsonl").exists():
+            raise NotFound(f"there is no state in {self.directory}")
+        self.lock, self.fd = Lock(self.directory / ".lock"), -1
+        try:
+            self._take()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.fd >= 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            os.close(self.fd)
+        self.lock.close()
+
+    def _take(self) -> None:
+        """Link everything at a moment at which nothing is half done, and every record is as the journal says."""
+        for _ in range(SNAPSHOTS):
+            with self.lock.held():
+                began = time.monotonic()
+                at_rest = self._link()
+                self.held = max(self.held, time.monotonic() - began)
+            if at_rest and not flaws_in(self.folder, self.sizes, self.lines()):
+                return
+            store = Store(self.directory)
+            store.settle()
+            store.close()
+        raise Busy("files in the state directory are being edited by hand; try again")
+
+    def _link(self) -> bool:
+        """Link what there is; return whether no writer was stopped in the middle of a change."""
+        if self.fd >= 0:
+            shutil.rmtree(self.folder)
+            os.close(self.fd)
+        remove_deserted(self.directory.glob(f"{SNAPSHOT}*"))
+        self.fd, self.sizes, at_rest = occupy(self.folder), {}, True
+        for path, entry in walk(self.directory):
+            if entry.is_dir():
+                os.mkdir(f"{self.folder}/{path}", mode=0o700)
+            elif place_of(path):
+                self.sizes[path] = link_or_copy(entry.path, f"{self.folder}/{path}")
+            elif ASIDE.fullmatch(entry.name):
+                at_rest = False
+        return at_rest
+
+    def lines(self) -> list[Line]:
+        with open(self.folder / "journal.jsonl", "rb") as file:
+            return read_journal(file.read(self.sizes["journal.jsonl"]))[0]
+
+    def pack(self, target: IO[bytes]) -> None:
+        """Write it to *target*, the journal last: what lacks it is not whole."""
+        with (
+            gzip.GzipFile(fileobj=target, mode="wb", compresslevel=GZIP_LEVEL) as packed,
+            tarfile.open(fileobj=packed, mode="w|", format=tarfile.PAX_FORMAT) as tar,
+        ):
+            for path in sorted(self.sizes, key=lambda path: (path == "journal.jsonl", path)):
+                with open(self.folder / path, "rb") as file:
+                    member = tarfile.TarInfo(path)
+                    member.size, member.mode = self.sizes[path], 0o600
+                    member.mtime = int(os.fstat(file.fileno()).st_mtime)
+                    tar.addfile(member, file)
+
+    def save(self, path: Path) -> None:
+        """Write it to the file *path*, which is whole from the moment it is there."""
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            with open(fd, "wb") as file:
+                self.pack(file)
+                file.flush()
+                os.fsync(file.fileno())  # contents before name
+            os.rename(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        sync_folder(path.absolute().parent)
+
+
+ASIDE = re.compile(r"\..*\.json\.[0-9]+")  # a record, or a tombstone, that its writer did not live to rename
+
+
+def link_or_copy(path: str, place: str) -> int:
+    """Have the file *path* also at *place*, and return its size."""
+    try:
+        os.link(path, place)
+    except OSError:  # it is on another disk, or another user's
+        shutil.copyfile(path, place)
+    return os.stat(place).st_size
+
+
+def flaws_in(directory: Path, paths: Iterable[str], lines: Iterable[Line]) -> dict[str, str]:
+    """Return what is wrong, by path, with the records among *paths*, and with those that *lines* tell of."""
+    standing = {place[:2]: line for place, line in standing_of(lines).items() if place[2] == "put"}
+    records = {place[1:]: path for path in paths if (place := place_of(path)) and place.part == "record"}
+    records |= {key: f"{key[0]}/{name_of(key[1])}.json" for key in standing}
+    flaws = {path: flaw_of(f"{directory}/{path}", standing.get(key)) for key, path in records.items()}
+    return {path: flaw for path, flaw in flaws.items() if flaw}
+
+
+def flaw_of(path: str, line: Line | None) -> str:
+    """Return what is wrong with the file of a record that *line* of the journal is about; "" if nothing is."""
+    if line and read_own(line, path):
+        return ""
+    kind, _, file = path.rpartition("/")
+    try:
+        read_record(os.path.basename(kind), file.removesuffix(".json"), path)
+    except FileNotFoundError:
+        return "is missing"
+    except Unreadable as reason:
+        return f"is no record: {reason}"
+    return "is not as the journal says" if line else "is not in the journal"
+
+
+class Packed(gzip.GzipFile):
+    """A backup as it is read: up to so many bytes as are ``allowed``, for a header may claim to be of any size."""
+
+    allowed = HEADER_BYTES
+
+    def read(self, size: int | None = -1) -> bytes:
+        block = super().read(size)
+        self.allowed -= len(block)
+        if self.allowed < 0:
+            raise tarfile.ReadError("it has a file with a name longer than any of ours")
+        return block
+
+
+def unpack_backup(file: IO[bytes], folder: Path) -> list[str]:
+    """Write what a backup holds into *folder* and return the paths; raise Malformed at what is none of ours."""
+    paths: list[str] = []
+    try:
+        with Packed(fileobj=file) as packed, tarfile.open(fileobj=packed, mode="r|") as tar:
+            while member := tar.next():
+                check_member(member, folder)
+                packed.allowed = member.size + 2 * HEADER_BYTES
+                write_member(tar, member, folder)
+                paths.append(member.name)
+                tar.members.clear()  # type: ignore[attr-defined]  # else it keeps all of them
+                packed.allowed = HEADER_BYTES
+            packed.allowed = HEADER_BYTES
+            while packed.read(BLOCK_BYTES):  # behind it is the checksum of all
+                pass
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise Malformed("", f"this is no backup, or not all of one: {error}") from None
+    if paths[-1:] != ["journal.jsonl"]:
+        raise Malformed("", "this is no backup of kirosync, or not all of one: it does not end with the journal")
+    return paths
+
+
+def check_member(member: tarfile.TarInfo, folder: Path) -> None:
+    """Raise Malformed if a *member* of a backup is anything but a plain file at a place of ours that fits the disk."""
+    where = repr(member.name[:ID_CHARACTERS])
+    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
+        raise Malformed(where, "is not a plain file; a backup has no others")
+    if not place_of(member.name) or len(os.fsencode(member.name)) > HEADER_BYTES:
+        raise Malformed(where, "is nothing that a backup holds")
+    if hasattr(tarfile, "data_filter"):  # from 3.11.4 on
+        tarfile.data_filter(member, str(folder))
+    disk = os.statvfs(folder)
+    if member.size > disk.f_bavail * disk.f_frsize - RESERVE_BYTES:
+        raise Full(f"{where} has {member.size} bytes, for which there is no space: nothing was changed")
+
+
+def write_member(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    path, source = f"{folder}/{member.name}", tar.extractfile(member)
+    assert source
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except (FileExistsError, NotADirectoryError):
+        raise Malformed(repr(member.name), "is in it twice") from None
+    with open(fd, "wb") as file:
+        shutil.copyfileobj(source, file, BLOCK_BYTES)
+    os.utime(path, (member.mtime, member.mtime))
+
+
+def check_backup(folder: Path, paths: Iterable[str]) -> None:
+    """Raise Malformed if what was unpacked into *folder* is not in itself right."""
+    lines, flaws = read_journal((folder / "journal.jsonl").read_bytes())
+    if flaws:
+        raise Malformed("journal.jsonl", flaws[0])
+    for path, flaw in flaws_in(folder, paths, lines).items():
+        raise Malformed(path, flaw)
+    for path in paths:
+        place = place_of(path)
+        try:
+            if place and place.part == "record":
+                from_hand(place.kind, read_record(place.kind, name_of(place.identity), f"{folder}/{path}")[1], 0, 0)
+            elif place and place.part in ("tombstone", "told", "agent"):
+                check(dict[str, Any], parse(read_file(f"{folder}/{path}")[0]), "")
+        except (Unreadable, Malformed) as reason:
+            raise Malformed(path, str(reason)) from None
+
+
+# What a restore exchanges. All else is of this machine (who may come in, who is here) and stays where there is any.
+EXCHANGED = (*KINDS, "deleted", "archive", "output", "history", "quarantine")
+DOORS = ("token", "tokens.json")
+
+
+class Restoration:
+    """A backup on its way into the place of the state: unpacked beside it and checked, and then exchanged for it.
+
+    The point of no return is where the journal is: one whose last epoch has the name of our folder takes its place.
+    Before that nothing has happened, after it whoever takes the lock next goes on (see complete_restores). Others see
+    that the journal is another, and read everything anew.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.epoch = store, secrets.token_hex(6)
+        self.folder = store.directory / f"{RESTORE}{self.epoch}"
+        self.new, self.before = self.folder / "new", self.folder / "before"
+        self.ended: list[str] = []  # commands that were open in the backup, and are not any more
+        self.kept = self.before  # where that is which was there before
+
+    def take(self, file: IO[bytes]) -> None:
+        """Restore what *file* holds; raise Malformed if that is no whole backup."""
+        fd = self.store.change(lambda pen: occupy(self.folder))
+        try:
+            self.new.mkdir(mode=0o700)
+            self.before.mkdir(mode=0o700)
+            check_backup(self.new, unpack_backup(file, self.new))
+            fresh = Store(self.new, clock=self.store.clock)
+            os.sync()  # all at once: a call for each of thousands of files takes minutes
+            try:
+                while not self.store.change(partial(self._exchange, fresh=fresh)):
+                    pass  # what was done by hand is taken in first
+            finally:
+                fresh.close()
+        finally:
+            if not is_begun(self.folder):
+                shutil.rmtree(self.folder, ignore_errors=True)
+            os.close(fd)
+
+    def _exchange(self, pen: Pen, fresh: Store) -> bool:
+        """Exchange the state, under the lock; return False if something is still to be written of the one before."""
+        if pen.lines or pen.history or pen.unwanted:
+            return False
+        state = self.store.directory
+        if mounted := [name for name in EXCHANGED if os.path.ismount(state / name)]:
+            raise Conflict(f"{state / mounted[0]} is a disk of its own, and cannot be exchanged for another folder")
+        fresh.begin_epoch(self.epoch, max(fresh.revision, self.store.revision))
+        fresh.change(partial(self._end_open, now=pen))
+        if any((state / name).exists() for name in DOORS):  # what was revoked since stays so
+            for name in DOORS:
+                (self.new / name).unlink(missing_ok=True)
+        os.link(state / "journal.jsonl", self.before / "journal.jsonl")
+        sync_folders([f"{self.new}/output/", f"{self.new}/", f"{self.before}/", f"{self.folder}/", f"{state}/"])
+        os.rename(self.new / "journal.jsonl", state / "journal.jsonl")
+        sync_folder(state)
+        self.kept = complete_restore(self.folder)
+        return True
+
+    def _end_open(self, pen: Pen, now: Pen) -> None:
+        """End what was open in the backup; bury what is known *now* but not in it: no client is to bring it back."""
+        known = pen.store.entries["commands"]
+        for identity in [each for each, entry in known.items() if entry.content.status not in ENDED]:
+            command, present = pen.get("commands", identity) or {}, now.get("commands", identity)
+            settled = restored(command, present, pen.now)
+            pen.put("commands", identity, settled)
+            if settled is present:
+                self._keep_output(identity)
+            else:
+                self.ended.append(identity)
+        graves = [identity for kind, identity, op in now.store.recent if kind == "commands" and op in GRAVES]
+        buried = {identity for kind, identity, op in pen.store.recent if op in GRAVES}
+        for identity in sorted({*now.store.entries["commands"], *graves} - known.keys() - buried):
+            pen.delete("commands", identity, pen.now, whole=False)
+        pen.touch(pen.now)
+
+    def _keep_output(self, identity: str) -> None:
+        """Have what a command prints, which goes on, be in the same files as before."""
+        for stream in STREAMS:
+            path = self.store.stream(identity, stream)
+            (self.new / "output" / path.name).unlink(missing_ok=True)
+            if path.exists():
+                link_or_copy(str(path), f"{self.new}/output/{path.name}")
+
+
+def is_begun(folder: Path) -> bool:
+    """Return whether the restore that *folder* was made for has come to its point of no return."""
+    journal = folder.parent / "journal.jsonl"
+    named = journal.exists() and folder.name.removeprefix(RESTORE).encode() in journal.read_bytes()
+    return named or any((folder / "before" / name).exists() for name in EXCHANGED)
+
+
+def complete_restores(directory: Path) -> None:
+    """Go on with a restore that was stopped on its way, or remove what it had prepared if it had not begun."""
+    for folder in directory.glob(f"{RESTORE}*"):
+        if is_begun(folder):
+            log.warning("completing a restore: it was stopped")
+            complete_restore(folder)
+        else:
+            remove_deserted([folder])
+
+
+def complete_restore(folder: Path) -> Path:
+    """Exchange what *folder* has for what is there, and return where that is kept; again, it goes on where it was."""
+    state, new, before = folder.parent, folder / "new", folder / "before"
+    for name in EXCHANGED:
+        if (new / name).exists():
+            if os.path.lexists(state / name):  # after a crash it may be one that an opening store has just made
+                os.rename(state / name, free_name(before / name))
+            os.rename(new / name, state / name)
+    for path in [*new.glob("agents/[!.]*.json"), *(new / name for name in (*DOORS, "told.json"))]:
+        place = state / path.relative_to(new)
+        if path.exists() and not place.exists():
+            os.rename(path, place)
+    sync_folders([f"{each}/" for each in (new, before, state / "agents", state) if each.exists()])
+    kept = free_name(state / time.strftime("before-restore-%Y%m%dT%H%M%SZ", time.gmtime()))
+    if before.exists():
+        os.rename(before, kept)
+        sync_folder(state)
+    shutil.rmtree(folder)
+    return kept
+
+
+def free_name(path: Path) -> Path:
+    """Return *path*, or if it is taken the first of *path*.1, *path*.2 ... that is not."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}.{number}") for number in itertools.count(1)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 # ---------------------------------------------------------------------------------------- Service
@@ -4085,6 +4616,52 @@ def go_on(work: Callable[[], None], closing: threading.Event) -> None:
             closing.wait(SETTLE_S)
 
 
+def backup(arguments: argparse.Namespace) -> int:
+    with Snapshot(Path(arguments.state)) as snapshot:
+        if arguments.file == "-":
+            snapshot.pack(sys.stdout.buffer)
+            sys.stdout.flush()
+        else:
+            snapshot.save(Path(arguments.file))
+        revision = max(line.revision for line in snapshot.lines())
+    files, held = len(snapshot.sizes), snapshot.held * 1000
+    tell(f"{files} files, up to revision {revision}; others had to wait for {held:.0f} ms")
+    return 0
+
+
+def restore(arguments: argparse.Namespace) -> int:
+    with contextlib.ExitStack() as closing:
+        file = sys.stdin.buffer if arguments.file == "-" else closing.enter_context(open(arguments.file, "rb"))
+        store = Store(Path(arguments.state), kinds=("commands",))
+        closing.callback(store.close)
+        restoration = Restoration(store)
+        restoration.take(file)
+        tell(f"restored; what was there before is in {restoration.kept}")
+        if restoration.ended:
+            tell(f"ended {len(restoration.ended)} commands that were open: {', '.join(sorted(restoration.ended))}")
+    return 0
+
+
+def tell(sentence: str) -> None:
+    """Say something about what was done; stdout is for what it yields."""
+    print(f"kirosync: {sentence}", file=sys.stderr)
+
+
+def care(work: Callable[[argparse.Namespace], int], failed: int = 1) -> Callable[[argparse.Namespace], None]:
+    """Return *work* as a program: a refusal is one line, and the exit code *failed*."""
+
+    def run(arguments: argparse.Namespace) -> None:
+        logging.basicConfig(level=logging.WARNING, format="kirosync: %(message)s")
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what was begun is cleared away
+        try:
+            sys.exit(work(arguments))
+        except (Refusal, OSError) as error:
+            tell(f"{arguments.name}: {error}")
+            sys.exit(failed)
+
+    return run
+
+
 def port_number(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text} is not one of 0 to 65535")
@@ -4118,6 +4695,11 @@ def main() -> None:
     )
     command.add_argument("--threads", type=int, default=THREADS, help="requests at once; a held one counts")
     command.set_defaults(run=serve)
+    for work, purpose in ((backup, "write the whole state into FILE"), (restore, "put a backup in the state's place")):
+        command = commands.add_parser(work.__name__, help=purpose, description=f"{purpose}, while others go on")
+        command.add_argument("file", metavar="FILE", help="a .tar.gz; - is stdin or stdout")
+        command.add_argument("--state", default=environ("KIROSYNC_STATE", str(beside)), help="as for serve")
+        command.set_defaults(run=care(work), name=work.__name__)
     arguments = parser.parse_args()
     arguments.run(arguments)
 
