@@ -55,6 +55,8 @@ import gzip
 import hashlib
 import hmac
 import html
+import http.client
+import importlib.metadata
 import inspect
 import itertools
 import logging
@@ -72,6 +74,7 @@ import sys
 import tarfile
 import threading
 import time
+import tomllib
 import urllib.parse
 import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -250,6 +253,10 @@ SLACK_LINES = 1000  # a journal is compacted when it is twice its records and th
 SNAPSHOTS = 5  # tried, one after the other, where files are being edited by hand
 GZIP_LEVEL = 6  # of a backup: the next ones take twice as long, and save a hundredth
 HEADER_BYTES = 1 << 20  # read of a backup for one file's name: ours take some thousand
+SCARCE_BYTES = 1 << 30  # free on the disk: fewer are soon none
+SCARCE_FILES = 10_000  # that the disk has room for: likewise
+SKEW_MS = 2000  # that clocks differ by without harm
+ANSWER_S = 3.0  # the doctor waits for a service to answer
 EPOCHS = 256  # starts of a service that cursors are remembered for
 GZIP_BYTES = 1024  # smaller answers gain nothing
 SPOOLED_BYTES = 1 << 40  # of an answer are set aside on disk for a slow reader, rather than that a thread waits for it
@@ -973,6 +980,76 @@ def restored(command: Record, present: Record | None, now: int) -> Record:
     return fail(command, outcome, error, now)
 
 
+class Finding(NamedTuple):
+    """What the doctor has to say: ``level`` is ok, warn or bad; what to do about it, if it is not ok."""
+
+    level: str
+    sentence: str
+    remedy: str = ""
+
+
+def judge_space(free: int, files: int | None) -> Finding:
+    """Judge by how many bytes are *free* on a disk, and for how many *files* there is room, None if for any number.
+
+    >>> judge_space(0, None).level
+    'bad'
+    """
+    said = f"{free >> 20} MiB are free" + ("" if files is None else f", and room for {files} files")
+    room = float("inf") if files is None else files
+    if free < RESERVE_BYTES or room < SCARCE_FILES // 100:
+        return Finding("bad", said, "make space: archive/, history/, quarantine/ and before-restore-* may be emptied")
+    if free < SCARCE_BYTES or room < SCARCE_FILES:
+        return Finding("warn", said, "make space soon: commands stop being written down when there is none")
+    return Finding("ok", said)
+
+
+def judge_clock(now: float, then: float, what: str) -> Finding:
+    """Judge the clock, which says *now* (ms), by the moment *then* of *what* has been already.
+
+    >>> judge_clock(1, 600_001, "the last change").sentence
+    'the clock is 600 s behind the last change'
+    """
+    behind = then - now
+    if behind <= SKEW_MS:
+        return Finding("ok", f"the clock is not behind {what}")
+    level = "bad" if behind > AHEAD_MS else "warn"
+    return Finding(level, f"the clock is {behind / 1000:.0f} s behind {what}", "set it: timedatectl set-ntp true")
+
+
+# File systems that are elsewhere, or another program's: their locks and renames are only as good as that.
+DISTANT = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "gluster", "lustre", "ocfs", "gfs", "virtiofs", "fuse", "vbox")
+
+
+def judge_file_system(kind: str) -> Finding:
+    """Judge whether the locks of a file system of this *kind* can be relied upon.
+
+    >>> judge_file_system("nfs4").level, judge_file_system("ext4").level
+    ('bad', 'ok')
+    """
+    if kind.startswith(DISTANT):
+        level = "warn" if kind.startswith("fuse") else "bad"
+        return Finding(level, f"the file system is {kind}, which is not local", "move the state to a local disk")
+    return Finding("ok", f"the file system is {kind}")
+
+
+def judge_package(wanted: str, found: str | None) -> Finding:
+    """Judge the version *found* of what is *wanted*, as "name>=version".
+
+    >>> judge_package("filelock>=3.30", "3.9").level
+    'bad'
+    """
+    name, _, least = wanted.partition(">=")
+    if found is None:
+        return Finding("bad", f"{name} is not there", f"pip install '{wanted}'")
+    if numbers_in(found) < numbers_in(least):
+        return Finding("bad", f"{name} is {found}, older than {least}", f"pip install '{wanted}'")
+    return Finding("ok", f"{name} is {found}")
+
+
+def numbers_in(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
+
+
 # What lies where in the state directory: each part of it, and the paths of its files.
 KIND, NAME = f"(?P<kind>{'|'.join(KINDS)})", "(?P<name>[^/]+)"
 LAYOUT = {
@@ -1030,6 +1107,8 @@ REPLACES: dict[str, tuple[str, ...]] = {
     "touch": ("touch",),
 }
 GRAVES = {"delete": "deleted", "archive": "archive"}  # where the last version of what has gone is
+FOLDERS = [*GRAVES.values(), *(f"{folder}/{kind}" for folder in GRAVES.values() for kind in KINDS), *KINDS]
+FOLDERS += ["agents", "archive/output", "history", "output", "quarantine"]
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -2638,8 +2717,7 @@ class Store:
     def _make_folders(self) -> None:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.chmod(self.directory, 0o700)
-        graves = [f"{folder}/{kind}" for folder in GRAVES.values() for kind in KINDS]
-        for name in (*GRAVES.values(), *graves, "agents", "archive/output", "history", "output", "quarantine", *KINDS):
+        for name in FOLDERS:
             (self.directory / name).mkdir(mode=0o700, exist_ok=True)
 
     def _begin(self, lines: list[Line]) -> None:
@@ -2647,7 +2725,10 @@ class Store:
         self._clear_aside()
         kinds = self.kinds if lines else KINDS  # only from all records can a journal be made again
         strangers = [*self._strangers(kinds), *([] if lines else self._graves())]
-        strangers.sort(key=lambda line: line.revision)
+        numbered = {
+            line.revision: line for line in reversed(strangers)
+        }  # of two with one number the record, not a grave
+        strangers = sorted(numbered.values(), key=lambda line: line.revision)
         for line in strangers:
             self._note(line)
         self.entries = {kind: self.entries[kind] for kind in self.kinds}
@@ -2727,8 +2808,9 @@ class Store:
         for (op, folder), kind in itertools.product(GRAVES.items(), KINDS):
             for file in (self.directory / folder / kind).glob("[!.]*.json"):
                 with contextlib.suppress(ValueError, KeyError, TypeError):
-                    grave = msgspec.json.decode(file.read_bytes())
-                    yield Line(grave["revision"], 0, 0, kind, urllib.parse.unquote(file.stem), op)
+                    revision = msgspec.json.decode(file.read_bytes())["revision"]
+                    if isinstance(revision, int) and 0 < revision <= LAST_REVISION:
+                        yield Line(revision, 0, 0, kind, urllib.parse.unquote(file.stem), op)
 
     def release(self) -> None:
         """Let go of everyone who waits for a change."""
@@ -2780,16 +2862,20 @@ def occupy(folder: Path) -> int:
     return fd
 
 
+def is_deserted(folder: Path) -> bool:
+    """Return whether the maker of *folder* (see occupy) has gone without removing it."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return filelock.lock_descriptor(fd, blocking=False)
+    finally:
+        os.close(fd)
+
+
 def remove_deserted(folders: Iterable[Path]) -> None:
-    """Remove those *folders* whose makers (see occupy) have gone without doing so."""
     for folder in folders:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            if filelock.lock_descriptor(fd, blocking=False):
-                with passed_over("%s", folder):
-                    shutil.rmtree(folder)
-        finally:
-            os.close(fd)
+        with passed_over("%s", folder):
+            if is_deserted(folder):
+                shutil.rmtree(folder)
 
 
 class Snapshot:
@@ -2884,7 +2970,10 @@ class Snapshot:
         sync_folder(path.absolute().parent)
 
 
-ASIDE = re.compile(r"\..*\.json\.[0-9]+")  # a record, or a tombstone, that its writer did not live to rename
+# What a writer did not live to rename: a record or a tombstone, and, by folder, what else is written aside.
+ASIDE = re.compile(r"\..*\.json\.[0-9]+")
+ASIDES = {folder: re.compile(r"\..*\.json") for folder in ("history", "agents")}
+ASIDES[""] = re.compile(r"\..*\.jsonl?\.[0-9]+")
 
 
 def link_or_copy(path: str, place: str) -> int:
@@ -3125,6 +3214,253 @@ def free_name(path: Path) -> Path:
     """Return *path*, or if it is taken the first of *path*.1, *path*.2 ... that is not."""
     names = itertools.chain([path], (path.with_name(f"{path.name}.{number}") for number in itertools.count(1)))
     return next(name for name in names if not os.path.lexists(name))
+
+
+REMEDIES = {  # what a repair does, in the order in which it does it
+    "rebuild": "move it to quarantine, and make it again from the records",
+    "take in": "take in what it is now, as a change made by hand; if it is no record, move it to quarantine",
+    "complete": "complete it, or remove it, as its writer would have",
+    "set aside": "move it to quarantine",
+    "give": "give it to the owner of the state directory",
+    "close": "let nobody but its owner read it",
+    "": "nothing: look at it, and move it back or remove it",
+}
+
+
+class Flaw(NamedTuple):
+    """Something in the state directory that is not as it should be, and which of REMEDIES is for it."""
+
+    path: str
+    problem: str
+    remedy: str
+
+
+class Inspection:
+    """What the journal says of the state directory, to hold against what is there. Nothing is changed by it.
+
+    It takes no lock: what seems wrong may just be changing, and is to be looked at again under the lock (see inspect).
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.owner = directory, os.stat(directory).st_uid
+        journal = directory / "journal.jsonl"
+        raw = journal.read_bytes() if journal.exists() else b""
+        lines, self.flaws = read_journal(raw)
+        self.standing = standing_of(lines)
+        self.known = {key[:2] for key in self.standing}
+
+    def look(self) -> Iterator[Flaw]:
+        """Yield what seems to be wrong anywhere."""
+        seen = {"": None, "journal.jsonl": None} | {path: None for path, _ in walk(self.directory)}
+        seen |= {f"{kind}/{name_of(identity)}.json": None for kind, identity, op in self.standing if op == "put"}
+        work = itertools.chain(self.directory.glob(f"{SNAPSHOT}*"), self.directory.glob(f"{RESTORE}*"))
+        seen |= {folder.name: None for folder in work}
+        for path in seen:
+            yield from self.judge(path)
+
+    def judge(self, path: str) -> Iterator[Flaw]:
+        """Yield what is wrong with the file or folder *path*."""
+        place = place_of(path)
+        try:
+            status = os.lstat(self.directory / path)
+        except FileNotFoundError:
+            gone = place and place.part == "record" and (place.kind, place.identity, "put") in self.standing
+            wanted = [("is missing", "take in")] if gone else []
+            wanted += [("is missing", "rebuild")] if place and place.part == "journal" else []
+        else:
+            folder = stat.S_ISDIR(status.st_mode)
+            found = self.folder(path) if folder else PARTS[place.part](self, path, place) if place else self.stray(path)
+            wanted = [*found]
+            if not any(remedy for _, remedy in wanted):
+                wanted += self.doors(path, status)
+        yield from (Flaw(path, problem, remedy) for problem, remedy in wanted)
+
+    def doors(self, path: str, status: os.stat_result) -> Iterator[tuple[str, str]]:
+        """Yield whether others than its owner may have a hand in *path*."""
+        mode = stat.S_IMODE(status.st_mode)
+        if status.st_uid != self.owner:
+            yield "belongs to another user than the directory", "give"
+        if mode & 0o77 and not stat.S_ISLNK(status.st_mode) and not path.endswith(".lock"):  # a lock holds nothing
+            yield f"can be used by others, with the mode {mode:04o}", "close"
+
+    def folder(self, path: str) -> Iterator[tuple[str, str]]:
+        named = re.fullmatch(rf"history/{KIND}(/{NAME})?", path)
+        if path.startswith((SNAPSHOT, RESTORE)):
+            if is_deserted(self.directory / path):
+                yield "was left by one who was stopped", "complete"
+        elif named and named["name"]:
+            if (named["kind"], urllib.parse.unquote(named["name"])) not in self.known:
+                yield "is the history of nothing", "set aside"
+        elif not (named or path in ("", *FOLDERS) or path.startswith("quarantine/")):
+            yield "is nothing that kirosync makes", "set aside"
+
+    def stray(self, path: str) -> Iterator[tuple[str, str]]:
+        folder, _, name = path.rpartition("/")
+        number = name.rpartition(".")[2]
+        if folder == "agents" and name.endswith(".lock") and is_name(name[:-5]):
+            return
+        if not folder and name.startswith(".") and (os.path.exists(f"/proc/{number}") or not number.isdecimal()):
+            return  # it is being written, or another's own
+        if folder in ("", *FOLDERS) and ASIDES.get(folder, ASIDE).fullmatch(name):
+            yield "was set aside by a writer that was stopped", "complete"
+        else:
+            yield "is nothing that kirosync writes", "set aside"
+
+    def record(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
+        flaw = flaw_of(f"{self.directory}/{path}", self.standing.get((place.kind, place.identity, "put")))
+        yield from [(flaw, "take in")] if flaw else []
+
+    def tombstone(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
+        op = next(op for op, folder in GRAVES.items() if path.startswith(f"{folder}/"))
+        if (place.kind, place.identity, op) not in self.standing:
+            yield "is a tombstone that is not in the journal", "set aside"
+        yield from self.shaped(path, dict[str, Any])
+
+    def output(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
+        ops = {op for op in REPLACES if ("commands", place.identity, op) in self.standing}
+        if path.startswith("archive/"):
+            if not os.path.exists(self.directory / f"archive/commands/{name_of(place.identity)}.json"):
+                yield "is the output of no command in the archive", "set aside"
+        elif "put" not in ops:
+            yield "is the output of no command", "complete" if ops else "set aside"
+
+    def agent(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
+        yield from self.shaped(path, AGENT)
+
+    def told(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
+        yield from self.shaped(path, shape({"revision": Count, "commands": list[str]}, {}))
+
+    def quarantined(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
+        with contextlib.suppress(OSError):
+            if path.count("/") == 1 and not path.endswith(".reason"):
+                yield f"lies here: {(self.directory / f'{path}.reason').read_text(errors='replace').strip()}", ""
+
+    def journal(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
+        for flaw in self.flaws:
+            yield flaw, "rebuild"
+
+    def nothing(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
+        yield from ()
+
+    def shaped(self, path: str, kind: Any) -> Iterator[tuple[str, str]]:
+        try:
+            check(kind, parse(read_file(f"{self.directory}/{path}")[0]), "")
+        except (Unreadable, Malformed) as reason:
+            yield f"is not as it should be: {reason}", "set aside"
+        except FileNotFoundError:
+            pass  # it has just gone
+
+
+PARTS: dict[str, Callable[[Inspection, str, Place], Iterator[tuple[str, str]]]] = {
+    "record": Inspection.record,
+    "tombstone": Inspection.tombstone,
+    "output": Inspection.output,
+    "version": Inspection.nothing,
+    "agent": Inspection.agent,
+    "quarantined": Inspection.quarantined,
+    "token": Inspection.nothing,
+    "told": Inspection.told,
+    "journal": Inspection.journal,
+}
+
+
+def inspect_state(directory: Path) -> list[Flaw]:
+    """Return what is wrong with the state in *directory*, sorted by remedy and path; NotFound if none is there.
+
+    Only what seemed to be wrong is looked at under the lock, so that nobody is held up.
+    """
+    if not any((directory / name).exists() for name in ("journal.jsonl", *KINDS)):
+        raise NotFound(f"there is no state in {directory}")
+    flaws = [*Inspection(directory).look()]
+    if suspects := dict.fromkeys(flaw.path for flaw in flaws if flaw.remedy):
+        lock = Lock(directory / ".lock")
+        with contextlib.closing(lock), lock.held():
+            inspection = Inspection(directory)
+            again = [flaw for path in suspects for flaw in inspection.judge(path)]
+        flaws = [*again, *(flaw for flaw in flaws if flaw.path not in suspects)]
+    order = list(REMEDIES)
+    return sorted(flaws, key=lambda flaw: (order.index(flaw.remedy), flaw))
+
+
+def repair(directory: Path) -> list[Flaw]:
+    """Do for the state in *directory* what REMEDIES say, by the store's own means; return what is left."""
+    flaws = inspect_state(directory)
+    set_flaws_aside(directory, [flaw for flaw in flaws if flaw.remedy == "rebuild"])
+    if any(flaw.remedy in ("rebuild", "take in", "complete") for flaw in flaws):
+        store = Store(directory)
+        store.settle()
+        store.close()
+    set_flaws_aside(directory, [flaw for flaw in inspect_state(directory) if flaw.remedy == "set aside"])
+    for flaw in inspect_state(directory):
+        path = directory / flaw.path
+        with passed_over("%s", path):
+            if flaw.remedy == "give":
+                os.chown(path, os.stat(directory).st_uid, os.stat(directory).st_gid, follow_symlinks=False)
+            if flaw.remedy == "close":
+                os.chmod(path, 0o700 if path.is_dir() else 0o600)
+    return inspect_state(directory)
+
+
+def set_flaws_aside(directory: Path, flaws: Iterable[Flaw]) -> None:
+    """Move what is still as *flaws* say into quarantine, each with the reason."""
+    lock = Lock(directory / ".lock")
+    with contextlib.closing(lock), lock.held():
+        inspection = Inspection(directory)
+        for flaw in flaws:
+            if flaw in inspection.judge(flaw.path) and os.path.lexists(directory / flaw.path):
+                put_aside(directory, flaw)
+
+
+def put_aside(directory: Path, flaw: Flaw) -> None:
+    """Move the file or folder of a *flaw* to quarantine; the reason is there first."""
+    path, folder = directory / flaw.path, directory / "quarantine"
+    name = os.fsdecode(os.fsencode(flaw.path.replace("/", "."))[: NAME_BYTES // 2])
+    place = free_name(folder / f"{name}.{os.lstat(path).st_mtime_ns}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    give_reason(place, flaw.problem)
+    os.rename(path, place)
+    sync_folders([str(place), str(path)])
+
+
+def last_moment(directory: Path) -> float:
+    """Return when (ms) the last change was made, by the clock of who made it; 0 if there was none."""
+    journal = directory / "journal.jsonl"
+    lines, _ = read_journal(journal.read_bytes() if journal.exists() else b"")
+    return max((line.at for line in lines), default=0)
+
+
+def mount_of(directory: Path, mounts: str) -> str:
+    """Return the kind of the file system that *directory* is on, by the text of /proc/self/mountinfo."""
+    best, kind = "", "of an unknown kind"
+    for line in mounts.splitlines():
+        about, _, more = line.partition(" - ")
+        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), about.split()[4])
+        if directory.is_relative_to(point) and len(point) >= len(best):  # of two at one place the later is on top
+            best, kind = point, more.split()[0]
+    return kind
+
+
+def excludes(directory: Path) -> bool:
+    """Return whether two who lock *directory* exclude each other; nothing is written for it."""
+    fds = [os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) for _ in range(2)]
+    try:
+        filelock.lock_descriptor(fds[0], blocking=False)
+        return not filelock.lock_descriptor(fds[1], blocking=False)
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def sizes_of(directory: Path) -> dict[str, tuple[int, int]]:
+    """Return for each folder in *directory*, and for the files there as ".", how many files and bytes it holds."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for folder, _, files in os.walk(directory):
+        inside = os.path.relpath(folder, directory).partition("/")[0]
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):
+                count, size = sizes.get(inside, (0, 0))
+                sizes[inside] = count + 1, size + os.lstat(f"{folder}/{file}").st_size
+    return sizes
 
 
 # ---------------------------------------------------------------------------------------- Service
@@ -4507,6 +4843,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
 PR_SET_DUMPABLE = 4  # prctl(2)
 M_ARENA_MAX = -8  # mallopt(3)
 SWITCH_S = 0.0005  # a thread that computes makes way for one that answers; 0.005 is Python's own
+DefaultsShown = argparse.ArgumentDefaultsHelpFormatter
 NOT_OPENED = "kirosync: the state directory {} cannot be opened: {}"
 
 
@@ -4642,6 +4979,199 @@ def restore(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def fsck(arguments: argparse.Namespace) -> int:
+    state = Path(arguments.state).absolute()
+    found = inspect_state(state)
+    left = repair(state) if arguments.repair else found
+    if arguments.json:
+        said = {name: [shown_flaw(flaw) for flaw in flaws] for name, flaws in (("found", found), ("left", left))}
+        print(msgspec.json.format(msgspec.json.encode(said), indent=2).decode())
+    else:
+        for flaw in found:
+            print(f"{flaw.path or '.'}: {flaw.problem}\n    repair: {REMEDIES[flaw.remedy]}")
+        for flaw in left if arguments.repair else ():
+            print(f"left: {flaw.path or '.'}: {flaw.problem}")
+        tell(f"{counted(found)} found" + (f", {counted(left)} left" if arguments.repair else ""))
+    return int(any(flaw.remedy for flaw in left))
+
+
+def shown_flaw(flaw: Flaw) -> Record:
+    return {"path": flaw.path or ".", "problem": flaw.problem, "repair": REMEDIES[flaw.remedy]}
+
+
+def counted(flaws: Iterable[Flaw]) -> str:
+    """Return how many *flaws* there are; what lies in quarantine is none."""
+    number = sum(bool(flaw.remedy) for flaw in flaws)
+    return {0: "nothing", 1: "1 thing"}.get(number, f"{number} things")
+
+
+class Case(NamedTuple):
+    """What the doctor is asked about."""
+
+    state: Path
+    logs: Path
+    host: str
+    port: int
+    proxy: str  # that is trusted, "" if none is
+
+    def ask(self, path: str) -> Record:
+        """Return what the service answers; raise OSError if none does."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)
+        connection = http.client.HTTPConnection(host, self.port, timeout=ANSWER_S)
+        try:
+            connection.request("GET", path, headers={"Accept": "application/json"})
+            return check(dict[str, Any], parse(connection.getresponse().read(BLOCK_BYTES)), "")  # type: ignore
+        except http.client.HTTPException as error:
+            raise OSError(f"no answer in HTTP: {error!r}") from None
+        finally:
+            connection.close()
+
+    @property
+    def disk(self) -> Path:
+        """The state directory, or what is to hold it."""
+        return next(path for path in (self.state, *self.state.parents) if path.is_dir())
+
+
+def check_folder(case: Case) -> Iterator[Finding]:
+    if not case.state.is_dir():
+        yield Finding("warn", f"there is no directory {case.state}", "name it with --state, or start the service")
+        return
+    status = os.stat(case.state)
+    if status.st_uid != os.geteuid():
+        yield Finding("warn", f"{case.state} belongs to user {status.st_uid}", "run this, and all of us, as that user")
+    if status.st_mode & 0o77:
+        remedy = f"chmod 700 {case.state}"
+        yield Finding("bad", f"{case.state} can be used by others, with the mode {status.st_mode & 0o777:04o}", remedy)
+    if not os.access(case.state, os.R_OK | os.W_OK | os.X_OK) or os.statvfs(case.state).f_flag & os.ST_RDONLY:
+        yield Finding("bad", f"{case.state} cannot be written", "mount its disk for writing, and give it to this user")
+    else:
+        yield Finding("ok", f"{case.state} can be read and written")
+
+
+def check_disk(case: Case) -> Iterator[Finding]:
+    disk = os.statvfs(case.disk)
+    yield judge_space(disk.f_bavail * disk.f_frsize, disk.f_favail if disk.f_files else None)
+
+
+def check_clock(case: Case) -> Iterator[Finding]:
+    yield judge_clock(time.time() * 1000, last_moment(case.state), "the last change")
+
+
+def check_lock(case: Case) -> Iterator[Finding]:
+    yield judge_file_system(mount_of(case.disk.resolve(), Path("/proc/self/mountinfo").read_text()))
+    if excludes(case.disk):
+        yield Finding("ok", "its locks exclude each other")
+    else:
+        yield Finding("bad", "its locks do not exclude each other", "move the state to a local disk")
+
+
+def check_service(case: Case) -> Iterator[Finding]:
+    where = f"{case.host}:{case.port}"
+    try:
+        home, health = case.ask("/"), case.ask("/health")
+    except OSError as error:
+        yield Finding("warn", f"no service answers at {where}: {error}", "start it, or name it with --host and --port")
+        return
+    version, status = home.get("version"), health.get("status")
+    if version == __version__:
+        yield Finding("ok", f"the service at {where} is kirosync {version}, {status}")
+    else:
+        yield Finding("warn", f"the service at {where} is {version}, this file is {__version__}", "restart the service")
+    moment = datetime.datetime.fromisoformat(str(health.get("timestamp"))).timestamp() * 1000
+    yield judge_clock(time.time() * 1000, moment, "the service's")
+    yield from judge_address(str(check(dict[str, Any], health.get("server"), "server").get("host")), case.proxy)
+
+
+def judge_address(host: str, proxy: str) -> Iterator[Finding]:
+    """Judge who reaches a service that listens on *host*, with a *proxy* that it trusts in front of it."""
+    if proxy:
+        yield Finding("ok", f"it trusts the proxy {proxy}")
+    elif host not in ("localhost", "::1") and not host.startswith("127."):
+        remedy = "listen on 127.0.0.1 behind a proxy with TLS, and name it in KIROSYNC_TRUSTED_PROXY"
+        yield Finding("warn", f"it listens on {host}, in plain text, with no proxy in front of it", remedy)
+
+
+def check_agents(case: Case) -> Iterator[Finding]:
+    now = time.time() * 1000
+    for path in sorted(case.state.glob("agents/[!.]*.json")):
+        said, seen = check(AGENT, parse(path.read_bytes()), path.name), path.stat().st_mtime * 1000
+        version, name = said.get("version", "unknown"), urllib.parse.unquote(path.stem)
+        here = "is here" if is_present(seen, round(now)) else f"was last seen {iso(seen)}"
+        if said["kind"] == "agent" and version != __version__:
+            remedy = "put agent.py and kirosync.py of one version side by side, and restart it"
+            yield Finding("warn", f"the agent {name} {here}; its version is {version}, not {__version__}", remedy)
+        else:
+            yield Finding("ok", f"{said['kind']} {name} {here}; its version is {version}")
+
+
+def check_packages(case: Case) -> Iterator[Finding]:
+    header = re.search(r"^# /// script\n((?:# .*\n)+?)# ///$", Path(__file__).read_text(), re.MULTILINE)
+    asked = tomllib.loads(re.sub("^# ", "", header[1], flags=re.MULTILINE)) if header else {}
+    yield judge_package(f"Python{asked.get('requires-python', '')}", sys.version.split()[0])
+    for wanted in asked.get("dependencies", ()):
+        try:
+            found = importlib.metadata.version(wanted.partition(">=")[0])
+        except importlib.metadata.PackageNotFoundError:
+            found = None
+        yield judge_package(wanted, found)
+
+
+def check_sizes(case: Case) -> Iterator[Finding]:
+    sizes = sizes_of(case.state)
+    if not case.logs.is_relative_to(case.state) and case.logs.is_dir():
+        sizes |= {str(case.logs): sizes_of(case.logs).get(".", (0, 0))}
+    parts = (f"{name} {size / 2**20:.1f} MiB in {count}" for name, (count, size) in sorted(sizes.items()))
+    yield Finding("ok", f"files: {', '.join(parts) or 'none'}")
+
+
+def check_state(case: Case) -> Iterator[Finding]:
+    flaws = inspect_state(case.state)
+    lying = sum(not flaw.remedy for flaw in flaws)
+    if lying:
+        remedy = f"see why in {case.state}/quarantine/*.reason; move back what is mended, remove the rest"
+        yield Finding("warn", f"{lying} files lie in quarantine", remedy)
+    if len(flaws) > lying:
+        yield Finding("bad", f"fsck finds {counted(flaws)}", f"kirosync.py fsck --repair --state {case.state}")
+    elif not lying:
+        yield Finding("ok", "fsck finds nothing")
+
+
+# What the doctor looks at, and whether there is anything to see without a state directory.
+CHECKS: dict[Callable[[Case], Iterator[Finding]], bool] = {
+    check_folder: True,
+    check_disk: True,
+    check_lock: True,
+    check_clock: False,
+    check_service: True,
+    check_agents: False,
+    check_packages: True,
+    check_sizes: False,
+    check_state: False,
+}
+
+
+def examine(case: Case) -> Iterator[Finding]:
+    """Yield what each of CHECKS finds; one that cannot look says so, and keeps no other from it."""
+    for look, always in CHECKS.items():
+        name = look.__name__.removeprefix("check_")
+        try:
+            if always or (case.state / "journal.jsonl").exists():
+                yield from look(case)
+        except (OSError, ValueError, Refusal) as error:
+            yield Finding("bad", f"{name}: could not be looked at: {error}", "see to it that this user may")
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    state = Path(arguments.state).absolute()
+    case = Case(state, Path(arguments.log or state / "log"), arguments.host, arguments.port, arguments.proxy)
+    findings = [*examine(case)]
+    if arguments.json:
+        print(msgspec.json.format(msgspec.json.encode([each._asdict() for each in findings]), indent=2).decode())
+    for level, sentence, remedy in () if arguments.json else findings:
+        print(f"{level:4}  {sentence}" + (f"; {remedy}" if remedy else ""))
+    return int(any(finding.level == "bad" for finding in findings))
+
+
 def tell(sentence: str) -> None:
     """Say something about what was done; stdout is for what it yields."""
     print(f"kirosync: {sentence}", file=sys.stderr)
@@ -4677,31 +5207,63 @@ def positive_seconds(text: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="kirosync.py", description="One queue and one shared memory.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    shown = argparse.ArgumentDefaultsHelpFormatter
-    command = commands.add_parser("serve", help="run the service", formatter_class=shown)
+    add_serve(commands)
+    add_care(commands)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+def add_command(commands: Any, name: str, purpose: str, run: Callable[[argparse.Namespace], None]) -> Any:
+    """Return the parser of a new command, which has the option that all of them have."""
+    command = commands.add_parser(
+        name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.", formatter_class=DefaultsShown
+    )
     beside = Path(__file__).absolute().with_name("state")
+    default = os.environ.get("KIROSYNC_STATE", str(beside))
+    command.add_argument("--state", default=default, help="directory (KIROSYNC_STATE)")
+    command.set_defaults(run=run, name=name)
+    return command
+
+
+def add_address(command: Any) -> None:
     environ = os.environ.get
     command.add_argument("--host", default=environ("KIROSYNC_HOST", "127.0.0.1"), help="address (KIROSYNC_HOST)")
-    command.add_argument(
-        "--port", type=port_number, default=environ("KIROSYNC_PORT", "3001"), help="port (KIROSYNC_PORT)"
-    )
-    command.add_argument("--state", default=environ("KIROSYNC_STATE", str(beside)), help="directory (KIROSYNC_STATE)")
+    port = environ("KIROSYNC_PORT", "3001")
+    command.add_argument("--port", type=port_number, default=port, help="port (KIROSYNC_PORT)")
+
+
+def add_serve(commands: Any) -> None:
+    command = add_command(commands, "serve", "run the service", serve)
+    add_address(command)
     command.add_argument(
         "--execute-timeout",
         type=positive_seconds,
-        default=environ("KIROSYNC_EXECUTE_TIMEOUT", f"{EXECUTE_S:.0f}"),
+        default=os.environ.get("KIROSYNC_EXECUTE_TIMEOUT", f"{EXECUTE_S:.0f}"),
         metavar="S",
         help="for what an IDE executes (KIROSYNC_EXECUTE_TIMEOUT)",
     )
     command.add_argument("--threads", type=int, default=THREADS, help="requests at once; a held one counts")
-    command.set_defaults(run=serve)
-    for work, purpose in ((backup, "write the whole state into FILE"), (restore, "put a backup in the state's place")):
-        command = commands.add_parser(work.__name__, help=purpose, description=f"{purpose}, while others go on")
-        command.add_argument("file", metavar="FILE", help="a .tar.gz; - is stdin or stdout")
-        command.add_argument("--state", default=environ("KIROSYNC_STATE", str(beside)), help="as for serve")
-        command.set_defaults(run=care(work), name=work.__name__)
-    arguments = parser.parse_args()
-    arguments.run(arguments)
+
+
+def add_care(commands: Any) -> None:
+    environ = os.environ.get
+    purpose = "write all of the state, as it is at one moment, into FILE, while others go on"
+    command = add_command(commands, "backup", purpose, care(backup))
+    command.add_argument("file", metavar="FILE", help="a .tar.gz; - is stdout")
+    purpose = "put a backup in the place of the state, while others go on; what was there is kept"
+    command = add_command(commands, "restore", purpose, care(restore))
+    command.add_argument("file", metavar="FILE", help="what backup has written; - is stdin")
+    purpose = "look for what is wrong in the state directory; the exit code is 1 if anything is, 2 if it cannot look"
+    command = add_command(commands, "fsck", purpose, care(fsck, failed=2))
+    command.add_argument("--repair", action="store_true", help="and set it right; nothing is deleted")
+    command.add_argument(
+        "--json", action="store_true", help="for programs: {found, left}, each of {path, problem, repair}"
+    )
+    purpose = "look for what is wrong around the state directory; the exit code is 1 if anything is bad"
+    command = add_command(commands, "doctor", purpose, care(doctor))
+    add_address(command)
+    command.add_argument("--json", action="store_true", help="for programs: [{level, sentence, remedy}]")
+    command.set_defaults(proxy=environ("KIROSYNC_TRUSTED_PROXY", ""), log=environ("KIROSYNC_LOG", ""))
 
 
 if __name__ == "__main__":
