@@ -1912,8 +1912,16 @@ def open_aside(file: File) -> int:
     try:
         return os.open(file.aside, flags, 0o600)
     except FileNotFoundError:
-        os.makedirs(os.path.dirname(file.aside), mode=0o700, exist_ok=True)
+        make_folder(os.path.dirname(file.aside))
         return os.open(file.aside, flags, 0o600)
+
+
+def make_folder(path: str) -> None:
+    """Make the folder *path*, and those around it, for its owner alone: os.makedirs opens those around it to all."""
+    if not os.path.isdir(path):
+        make_folder(os.path.dirname(path))
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, mode=0o700)
 
 
 def put_in_place(files: Iterable[File]) -> None:
@@ -1925,7 +1933,7 @@ def put_in_place(files: Iterable[File]) -> None:
         try:
             os.rename(file.aside, file.path)
         except FileNotFoundError:
-            os.makedirs(os.path.dirname(file.path), mode=0o700, exist_ok=True)
+            make_folder(os.path.dirname(file.path))
             os.rename(file.aside, file.path)
     sync_folders(file.path for file in files)
 
@@ -1939,7 +1947,7 @@ def clear_away(files: dict[str, str]) -> None:
     """Move each of *files* to its place, or remove it if that is ""; again, it does no harm."""
     for path, place in files.items():
         if place and os.path.exists(path):
-            os.makedirs(os.path.dirname(place), mode=0o700, exist_ok=True)
+            make_folder(os.path.dirname(place))
             shutil.move(path, place)  # which may be on another disk
         elif not place:
             with contextlib.suppress(FileNotFoundError):
@@ -3060,7 +3068,7 @@ def check_member(member: tarfile.TarInfo, folder: Path) -> None:
 def write_member(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
     path, source = f"{folder}/{member.name}", tar.extractfile(member)
     assert source
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    make_folder(os.path.dirname(path))
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except (FileExistsError, NotADirectoryError):
@@ -3160,7 +3168,7 @@ class Restoration:
         graves = [identity for kind, identity, op in now.store.recent if kind == "commands" and op in GRAVES]
         buried = {identity for kind, identity, op in pen.store.recent if op in GRAVES}
         for identity in sorted({*now.store.entries["commands"], *graves} - known.keys() - buried):
-            pen.delete("commands", identity, pen.now, whole=False)
+            pen.delete("commands", identity, max(pen.now, int(now.last_update)), whole=False)
         pen.touch(pen.now)
 
     def _keep_output(self, identity: str) -> None:
