@@ -46,11 +46,14 @@ import argparse
 import array
 import base64
 import bisect
+import collections
 import contextlib
+import contextvars
 import ctypes
 import datetime
 import errno
 import gc
+import getpass
 import gzip
 import hashlib
 import hmac
@@ -58,8 +61,12 @@ import html
 import http.client
 import importlib.metadata
 import inspect
+import ipaddress
 import itertools
+import json
 import logging
+import logging.handlers
+import math
 import operator
 import os
 import re
@@ -92,7 +99,7 @@ import waitress.task
 
 __version__ = "0.1.0"
 
-log = logging.getLogger("kirosync")
+log, access = logging.getLogger("kirosync"), logging.getLogger("kirosync.access")
 Record = dict[str, Any]
 T = TypeVar("T")
 
@@ -106,6 +113,7 @@ class Refusal(Exception):
     """The base of everything that is refused; ``body()`` is what the caller is sent."""
 
     status = 400
+    headers: dict[str, str] = {}  # noqa: RUF012  of the answer
 
     def __init__(self, sentence: str, **details: Any) -> None:
         super().__init__(sentence)
@@ -123,10 +131,19 @@ class Malformed(Refusal):
 
 
 class Unauthorized(Refusal):
-    status = 401
+    status, headers = 401, {"WWW-Authenticate": "Bearer"}
 
-    def __init__(self) -> None:
-        super().__init__("Unauthorized", message="Valid API key required")
+    def __init__(self, message: str = "Valid API key required") -> None:
+        super().__init__("Unauthorized", message=message)
+
+
+class Forbidden(Refusal):
+    """A token is known, and has not the scope for this."""
+
+    status, headers = 403, {"WWW-Authenticate": 'Bearer error="insufficient_scope"'}
+
+    def __init__(self, scope: str, what: str, scopes: Sequence[str]) -> None:
+        super().__init__(f"a token of the scope {scope} may not {what}; possible: {', '.join(scopes)}", scopes=scopes)
 
 
 class NotFound(Refusal):
@@ -160,6 +177,7 @@ class TimedOut(Coded):
 
 class Unavailable(Coded):
     status, code, recoverable = 503, "KIRO_UNAVAILABLE", True
+    headers = {"Retry-After": "1"}  # noqa: RUF012
 
 
 class Unexecuted(Refusal):
@@ -190,12 +208,22 @@ class Unprocessable(Refusal):
     status = 422
 
 
+class TooMany(Refusal):
+    """Someone asks for more than is theirs; ``pause`` (s) is how long to wait before the next try."""
+
+    status = 429
+
+    def __init__(self, sentence: str, pause: float) -> None:
+        super().__init__(sentence, retryAfter=max(1, math.ceil(pause)))
+        self.headers = {"Retry-After": str(self.details["retryAfter"])}
+
+
 class Broken(Refusal):
     status = 500
 
 
 class Busy(Refusal):
-    status = 503
+    status, headers = 503, {"Retry-After": "1"}
 
 
 class Full(Refusal):
@@ -261,7 +289,36 @@ EPOCHS = 256  # starts of a service that cursors are remembered for
 GZIP_BYTES = 1024  # smaller answers gain nothing
 SPOOLED_BYTES = 1 << 40  # of an answer are set aside on disk for a slow reader, rather than that a thread waits for it
 CONNECTIONS = 1000  # open at once: each takes a descriptor, few of them a thread
+TOKENS = 256  # that may be known: each given one is compared with all
+UNGUESSABLE = 32  # characters of a token that nobody finds by trying
+TRIES_A_S, TRIES = 1 / 6, 10  # without a valid token, from one address: so many at once, and then one in so long
+VISITS_A_S, VISITS = 20, 200  # to what is public, from one address
+OPEN_PAUSE_S = 10.0  # before who has too many commands open asks again
+LOW_BYTES = 64 << 20  # of the disk: with less left the service says that it is not well
+LOW_FILES = 1000  # that can still be made there, likewise
+UNTAKEN_S = 60.0  # a command that waits for so long, while no agent for it is there
+METERED = 4096  # addresses that are counted; the one that has been quiet the longest gives way
+BURST_S = 10  # of requests that a token may have saved up
+BURST_BYTES_S = 60  # and of bytes: a first copy of everything is large
 THREADS = 320  # of the server; a long poll holds one, and three quarters may be held; one takes 16 KiB
+
+
+class Quota(NamedTuple):
+    """What a token may use: requests a second, bytes a second (both ways), requests held and commands open at once."""
+
+    requests: int
+    bytes: int
+    held: int
+    open: int
+
+
+QUOTAS = {  # of each scope: above what such a client does at its busiest, below what would keep others waiting
+    "read": Quota(50, 8 << 20, 32, 0),
+    "client": Quota(50, 8 << 20, 64, 1000),
+    "agent": Quota(500, 32 << 20, 32, 100),  # it sends output as it comes
+    "ide": Quota(100, 8 << 20, 64, 1000),
+    "admin": Quota(5000, 128 << 20, THREADS, 100_000),
+}
 
 
 # ---------------------------------------------------------------------------------------- Rules
@@ -292,13 +349,20 @@ Time = number(float, ge=-INTEGER, le=INTEGER)
 Run = number(float, gt=0, le=LONGEST_RUN_S)
 Stay = number(float, gt=0, le=LONGEST_STAY_S)
 Cells = number(int, ge=1, le=9999)
+Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Status = Literal["pending", "processing", "completed", "failed"]
 Outcome = Literal["ok", "exit", "error", "timeout", "cancelled", "expired", "lost", "refused"]
 Encoding = Literal["utf-8", "base64"]
 InputType = Literal["text", "choice", "file", "confirmation"]
 AgentKind = Literal["agent", "ide"]
+Scope = Literal["read", "client", "agent", "ide", "admin"]
 POSSIBLE = {"status": get_args(Status), "outcome": get_args(Outcome), "encoding": get_args(Encoding)}
-POSSIBLE |= {"inputType": get_args(InputType), "type": get_args(InputType), "kind": get_args(AgentKind)}
+POSSIBLE |= {
+    "inputType": get_args(InputType),
+    "type": get_args(InputType),
+    "kind": get_args(AgentKind),
+    "scope": get_args(Scope),
+}
 
 MESSAGE = shape({"role": Name, "content": str, "timestamp": Time}, {"id": str | int, "metadata": dict[str, Any]})
 MESSAGES: Any = list[MESSAGE]  # type: ignore[valid-type]
@@ -307,6 +371,7 @@ INPUT = shape({}, {"data": str, "encoding": Encoding, "offset": Count, "close": 
 ABOUT = {"version": str, "availableCommands": list[str], "workspaceFolders": list[str], "focusedAt": Time}
 AGENT = shape({"kind": AgentKind, "types": list[Name]}, ABOUT)
 AGENT_PATCH = shape({}, {"kind": AgentKind, "types": list[Name], **ABOUT})
+TOKEN = shape({"scope": Scope, "sha256": Digest, "createdAt": Time}, {"expiresAt": Time})
 PUSH = shape({}, {**dict.fromkeys(KINDS, dict[str, Any]), "lastUpdate": Time})
 
 # What an order may say: for every type, and for each its required and its optional fields, and its result.
@@ -384,6 +449,7 @@ REPORT |= {"result": Any, "metadata": dict[str, Any]}
 PATCH = shape({}, REPORT)
 TIMES = dict.fromkeys(("createdAt", "updatedAt", "startedAt", "endedAt", "leaseUntil"), Time)
 MARKS = {"cancelRequested": bool, "inputSize": Count, "inputClosed": bool, "idempotencyKey": str, "orderSha256": str}
+MARKS |= {"queuedBy": str}
 COMMAND = shape({"type": Name, "status": Status}, {**ORDER, **REPORT, **TIMES, **MARKS})
 
 # What a file found in the state directory must be.
@@ -392,6 +458,84 @@ FOUND = {
     "documents": shape({"content": str}, {"timestamp": Time}),
     "commands": shape({"type": Name}, {**ORDER, **REPORT, **TIMES, **MARKS}),
 }
+
+
+class Grant(NamedTuple):
+    """What a token may do where its scope opens a route (see ROUTES): the records it reads, the types of commands it
+    queues and cancels, those it takes and reports on, and what it announces itself as."""
+
+    reads: tuple[str, ...] = KINDS
+    queues: frozenset[str] = frozenset()
+    takes: frozenset[str] = frozenset()
+    announces: tuple[str, ...] = ()
+
+
+EVERY = frozenset(ORDERS)
+ASKED = frozenset({"user_input"})
+REMOTE = frozenset({"kiro_command"})
+GRANTS = {  # a token of a client cannot claim, that of an agent can submit nothing but questions, and answers none
+    "read": Grant(),
+    "client": Grant(queues=EVERY, takes=ASKED),
+    "agent": Grant(("commands",), queues=ASKED, takes=EVERY - ASKED - REMOTE, announces=("agent",)),
+    "ide": Grant(queues=EVERY, takes=ASKED | REMOTE, announces=("ide",)),
+    "admin": Grant(queues=EVERY, takes=EVERY, announces=get_args(AgentKind)),
+}
+
+
+class Token(NamedTuple):
+    """Who asks: what tokens.json says of a token, by its name."""
+
+    name: str
+    scope: str
+    sha256: str = ""
+    expires: float = math.inf  # ms
+
+    def may(self, what: str, right: str, wanted: str) -> None:
+        """Raise Forbidden unless the grant of its scope has *wanted* in its *right*; *what* says what that means."""
+        if self.scope != "admin" and wanted not in getattr(GRANTS[self.scope], right):
+            possible = [scope for scope, grant in GRANTS.items() if wanted in getattr(grant, right)]
+            raise Forbidden(self.scope, what, possible)
+
+
+MASTER = "master"  # the name of the one token that is in the settings, or in the file token
+
+
+def token_from(name: str, said: Record) -> Token:
+    return Token(name, said["scope"], said["sha256"], said.get("expiresAt", math.inf))
+
+
+def matching(tokens: Iterable[Token], secret: bytes) -> Token | None:
+    """Return the one of *tokens* that *secret* is; it takes as long whichever it is, and if it is none.
+
+    >>> matching([Token("a", "read", hashlib.sha256(b"x").hexdigest())], b"x").name
+    'a'
+    """
+    sha256, found = hashlib.sha256(secret).hexdigest(), None
+    for token in tokens:
+        if hmac.compare_digest(token.sha256, sha256):
+            found = token
+    return found
+
+
+def seconds_in(text: str) -> float:
+    """Return how many seconds *text* is: a number and s, m, h or d; raise Malformed.
+
+    >>> seconds_in("90d"), seconds_in("30m")
+    (7776000.0, 1800.0)
+    """
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    if not (found := re.fullmatch(r"([0-9]{1,6})([smhd])", text)) or not int(found[1]):
+        raise Malformed("", f"{text!r} is not a time; write 90d, 12h, 30m or 45s")
+    return float(int(found[1]) * units[found[2]])
+
+
+def refilled(level: float, seconds: float, rate: float, burst: float) -> float:
+    """Return the *level* (below zero is a debt) after *seconds* in which it filled at *rate* a second, up to *burst*.
+
+    >>> refilled(-5, 4, rate=2, burst=10), refilled(9, 4, rate=2, burst=10)
+    (3, 10)
+    """
+    return min(burst, level + seconds * rate)
 
 
 def check(shape: Any, value: Any, where: str) -> Any:
@@ -666,6 +810,15 @@ def new_command(order: Record, now: int) -> Record:
     'pending'
     """
     return {**order, "status": "pending", "createdAt": now, "updatedAt": now}
+
+
+DECISIVE = ("id", "type", *sorted(SETTLED - {"expiresIn", "target", "metadata", "retryable"}))
+
+
+def hash_of(command: Record) -> str:
+    """Return the sha256 of what decides what a *command* does when it is executed; agents ask humans by the same."""
+    exact = {field: command[field] for field in DECISIVE if field in command}
+    return hashlib.sha256(json.dumps(exact, sort_keys=True).encode()).hexdigest()
 
 
 def advance(command: Record, patch: Record, now: int) -> Record:
@@ -1061,6 +1214,7 @@ LAYOUT = {
     "quarantined": r"quarantine/.+",
     "token": r"token|tokens\.json",
     "told": r"told\.json",
+    "used": r"used\.json",
     "journal": r"journal\.jsonl",
 }
 PATHS = {part: re.compile(pattern, re.DOTALL) for part, pattern in LAYOUT.items()}
@@ -1111,8 +1265,12 @@ FOLDERS = [*GRAVES.values(), *(f"{folder}/{kind}" for folder in GRAVES.values() 
 FOLDERS += ["agents", "archive/output", "history", "output", "quarantine"]
 
 
-class Line(msgspec.Struct, frozen=True):
-    """One change in the journal. ``op`` is one of REPLACES, or open: a start of a service."""
+class Line(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One change in the journal. ``op`` is one of REPLACES, or open: a start of a store; or of TOKEN_OPS.
+
+    ``by`` is who wanted it: NAME@ADDRESS of a token, or what it was within the service. Of a command the line says
+    what it is and how it stands, so that nobody who reads it later needs the record as it was.
+    """
 
     revision: int
     at: float
@@ -1121,6 +1279,11 @@ class Line(msgspec.Struct, frozen=True):
     id: str
     op: str
     crc: int = 0
+    by: str = ""
+    type: str = ""
+    status: str = ""
+    outcome: str = ""
+    sha256: str = ""  # see hash_of
 
     def topics(self) -> Iterator[tuple[str, ...]]:
         """Yield what those may wait for who are to be told of it."""
@@ -1618,7 +1781,7 @@ class Pen:
     """
 
     def __init__(self, store: Store, now: int) -> None:
-        self.store, self.now = store, now
+        self.store, self.now, self.by = store, now, store.by
         self.revision, self.last_update = store.revision, store.last_update
         self.lines: list[Line] = []
         self.entries: dict[tuple[str, str], Entry | None] = {}
@@ -1641,7 +1804,9 @@ class Pen:
     def put(self, kind: str, identity: str, record: Record) -> None:
         """Make *record* what its id stands for. One that is as it was is no change."""
         known = self._entry(kind, identity)
-        self._write(kind, identity, content_of(kind, record, self.revision + 1, known and known.content))
+        told = {name: str(record.get(name, "")) for name in ("type", "status", "outcome")} if kind == "commands" else {}
+        told |= {"sha256": hash_of(record)} if told else {}
+        self._write(kind, identity, content_of(kind, record, self.revision + 1, known and known.content), **told)
 
     def merge(self, identity: str, messages: list[Record]) -> None:
         """Merge *messages* into a conversation; what they replace goes to its history."""
@@ -1651,13 +1816,13 @@ class Pen:
         self.keep("conversations", identity, losers)
         self._write("conversations", identity, merged)
 
-    def _write(self, kind: str, identity: str, content: Whole | Talk) -> None:
+    def _write(self, kind: str, identity: str, content: Whole | Talk, **told: str) -> None:
         known = self._entry(kind, identity)
         if known and known.content == content:
             return
         file = self.store.file(kind, identity, "put", self.revision + 1)
         pieces = content.file(identity, self.revision + 1, self.store.entries[kind].get(identity))
-        self._enter(kind, identity, "put")
+        self._enter(kind, identity, "put", **told)
         self.entries[kind, identity] = Entry(self.revision, 0, file.path, (0, 0, 0), content)
         self.files[file.path] = file, pieces
 
@@ -1741,6 +1906,14 @@ class Pen:
             raise refusal_of(error) from None
         self.store.saw(name)
 
+    def entitle(self, name: str, token: Record | None) -> None:
+        """Have *name* be the name of *token*, or of none: who has the one before is turned away at once."""
+        tokens = without(self.store.tokens(), name) | ({name: token} if token else {})
+        path = f"{self.store.directory}/tokens.json"
+        text = msgspec.json.format(msgspec.json.encode(tokens), indent=2) + b"\n"
+        self.files[path] = File(path, f"{self.store.directory}/.tokens.json.{os.getpid()}"), [text]
+        self._enter("tokens", name, "add" if token else "revoke")
+
     def touch(self, moment: float) -> None:
         """Move lastUpdate to *moment* (ms), forwards only."""
         if moment > self.last_update:
@@ -1816,7 +1989,9 @@ class Pen:
         if (kind, identity) not in self.entries:
             name = name_of(check_id(identity))
             if self.store.differs(kind, name):
+                by, self.by = self.by, BY_HAND
                 self.adopt(kind, name, patient=False)  # the rule may write over it
+                self.by = by
             self.entries.setdefault((kind, identity), self.store.entries[kind].get(identity))
         return self.entries[kind, identity]
 
@@ -1825,9 +2000,9 @@ class Pen:
             return self.entries[kind, identity]
         return self.store.entries[kind].get(identity)
 
-    def _enter(self, kind: str, identity: str, op: str) -> None:
+    def _enter(self, kind: str, identity: str, op: str, **told: Any) -> None:
         self.revision += 1
-        self.lines.append(Line(self.revision, self.now, self.last_update, kind, identity, op))
+        self.lines.append(Line(self.revision, self.now, self.last_update, kind, identity, op, by=self.by, **told))
 
 
 def digest(text: bytes) -> str:
@@ -2080,9 +2255,8 @@ def flaw_of_line(line: Line, head: int) -> str:
     """Return what is wrong with a *line* of the journal that comes after revision *head*; "" if nothing is."""
     if not 0 <= line.revision <= LAST_REVISION:
         return f"has the revision {line.revision}, which none can be"
-    if line.op != "open" and line.revision <= head:
-        return f"has the revision {line.revision}, after {head}"
-    return "" if line.op in (*REPLACES, "open") else f"says {line.op!r}, which is nothing that happens"
+    going = line.op == "open" or line.revision > head
+    return "" if going else f"has the revision {line.revision}, after {head}"
 
 
 def standing_of(lines: Iterable[Line]) -> dict[tuple[str, str, str], Line]:
@@ -2150,10 +2324,15 @@ def give_reason(place: Path, reason: str) -> None:
         os.close(fd)
 
 
+BY: contextvars.ContextVar[str] = contextvars.ContextVar("BY", default="")  # who wants what this thread changes
+BY_HAND = "hand"
+
+
 class Asked(NamedTuple):
     """A change that someone waits for until its ``bell`` is released: it is answered, or it is its turn to commit."""
 
     rule: Callable[[Pen], Any]
+    by: str
     answer: Future[Any]
     bell: threading.Lock
 
@@ -2164,8 +2343,14 @@ class Store:
     Any number of threads and processes may have it open. ``kinds`` are those that this one reads.
     """
 
-    def __init__(self, directory: Path, kinds: Iterable[str] = KINDS, clock: Callable[[], int] | None = None) -> None:
-        self.directory, self.kinds = Path(directory).absolute(), tuple(kinds)
+    def __init__(
+        self,
+        directory: Path,
+        kinds: Iterable[str] = KINDS,
+        clock: Callable[[], int] | None = None,
+        by: str = "service",
+    ) -> None:
+        self.directory, self.kinds, self.by = Path(directory).absolute(), tuple(kinds), by
         self.clock = clock or (lambda: time.time_ns() // 1_000_000)
         self.entries: dict[str, dict[str, Entry]] = {kind: {} for kind in self.kinds}
         self.recent: dict[tuple[str, str, str], int] = {}  # (kind, id, op): revision, oldest first
@@ -2182,6 +2367,7 @@ class Store:
         self._next: Asked | None = None  # whose turn it is
         self._suspects: dict[tuple[str, str], int] = {}  # (kind, name): when to look at it again, in ms
         self._sound = False  # else the directory is to be read anew
+        self.trouble = ""  # why the last write failed, until one succeeds
         self._make_folders()
         self._lock = Lock(self.directory / ".lock")
         self._journal = Journal(self.directory / "journal.jsonl")
@@ -2323,6 +2509,10 @@ class Store:
             return False
         return True
 
+    def tokens(self) -> dict[str, Record]:
+        """Return what tokens.json says, by the names of the tokens; those that are not well formed do not count."""
+        return tokens_in(self.directory)
+
     def recall(self, name: str) -> bytes:
         """Return what was remembered by this *name*, or nothing."""
         try:
@@ -2379,7 +2569,7 @@ class Store:
         Whoever comes while another commits is committed with the others that wait. Raises what the
         rule raises, Busy if another process holds the lock for too long, Full if the disk is.
         """
-        asked = Asked(rule, Future(), threading.Lock())
+        asked = Asked(rule, BY.get() or self.by, Future(), threading.Lock())
         asked.bell.acquire()
         with self._queued:
             self._queue.append(asked)
@@ -2417,7 +2607,26 @@ class Store:
             finally:
                 os.close(fd)
         except OSError as error:
-            raise refusal_of(error) from None
+            raise self.refusal(error) from None
+
+    def refusal(self, error: OSError) -> Refusal:
+        """Return what to say of a write that failed, and remember it until one succeeds."""
+        refusal = refusal_of(error)
+        self.trouble = str(refusal)
+        return refusal
+
+    def probe(self) -> None:
+        """Look whether what failed to be written could be by now."""
+        file = File(f"{self.directory}/.probe", f"{self.directory}/.probe")
+        with contextlib.suppress(OSError):
+            set_aside({file: [bytes(BLOCK_BYTES)]})
+            os.unlink(file.path)
+            self.trouble = ""
+
+    def room(self) -> tuple[float, float]:
+        """Return how many bytes, and how many files, still fit on the disk; infinity where it has no such limit."""
+        disk = os.statvfs(self.directory)
+        return disk.f_bavail * disk.f_frsize, disk.f_favail if disk.f_files else math.inf
 
     def _commit_queue(self) -> None:
         """Commit whatever waits, as the one thread that does."""
@@ -2432,9 +2641,10 @@ class Store:
             waiting = waiting or self._take_queue()
             if not isinstance(error, Exception):
                 error = Busy("what was being written was interrupted; try again")
+            error = self.refusal(error) if isinstance(error, OSError) else error
             for asked in waiting:
                 if not asked.answer.done():
-                    asked.answer.set_exception(refusal_of(error) if isinstance(error, OSError) else error)
+                    asked.answer.set_exception(error)
         finally:
             with self._queued:
                 self._together = len(waiting)
@@ -2470,6 +2680,7 @@ class Store:
         answers = []
         for asked in waiting:
             trial = pen.fork()
+            trial.by = asked.by
             try:
                 answers.append((asked.answer, asked.rule(trial)))
                 pen = trial
@@ -2479,6 +2690,7 @@ class Store:
                     raise
         if pen.lines or pen.history or pen.unwanted:
             self._write(pen)
+            self.trouble = ""
         for key, when in looked.items():
             if self._suspects.get(key) == when:
                 del self._suspects[key]
@@ -2635,6 +2847,7 @@ class Store:
         for kind, name in due:
             trial = pen.fork()
             try:
+                trial.by = BY_HAND
                 if self.differs(kind, name):
                     trial.adopt(kind, name)
                 pen = trial
@@ -2733,14 +2946,14 @@ class Store:
         self._clear_aside()
         kinds = self.kinds if lines else KINDS  # only from all records can a journal be made again
         strangers = [*self._strangers(kinds), *([] if lines else self._graves())]
-        numbered = {
-            line.revision: line for line in reversed(strangers)
-        }  # of two with one number the record, not a grave
+        numbered = {line.revision: line for line in reversed(strangers)}  # of two with one, not the grave
         strangers = sorted(numbered.values(), key=lambda line: line.revision)
         for line in strangers:
             self._note(line)
         self.entries = {kind: self.entries[kind] for kind in self.kinds}
         self._suspects = {key: when for key, when in self._suspects.items() if key[0] in self.kinds}
+        if not self.kinds and self.epochs:  # it gives out no cursors
+            return
         try:
             self._journal.enter([*strangers, self._epoch(secrets.token_hex(6), self.revision)])
             sync_folder(self.directory)
@@ -2749,7 +2962,7 @@ class Store:
 
     def _epoch(self, name: str, revision: int) -> Line:
         """Return the line from which on cursors are of the epoch *name*, and numbers come after *revision*."""
-        line = Line(revision, self.clock(), self.last_update, "journal", name, "open")
+        line = Line(revision, self.clock(), self.last_update, "journal", name, "open", by=self.by)
         self._note(line)
         return line
 
@@ -2835,6 +3048,108 @@ class Store:
                 self._lock.close()
 
 
+def tokens_in(directory: Path) -> dict[str, Record]:
+    """Return the well-formed tokens of the file tokens.json by name; the others are in the log, and nobody's."""
+    try:
+        said = check(dict[str, Any], parse(read_file(f"{directory}/tokens.json")[0]), "")
+    except FileNotFoundError:
+        return {}
+    except (Unreadable, Malformed) as problem:
+        log.error("tokens.json cannot be read, so no token in it counts: %s", problem)
+        return {}
+    tokens = {}
+    for name, token in itertools.islice(said.items(), TOKENS):
+        try:
+            tokens[name] = check(TOKEN, token, "")
+        except Malformed as problem:
+            log.error("tokens.json: the token %r does not count: %s", name, problem)
+    return tokens
+
+
+def used_in(directory: Path) -> Record:
+    """Return when (ms), and from where, each token was last used, by name; a minute may be missing."""
+    with contextlib.suppress(FileNotFoundError, Unreadable, Malformed):
+        return check(dict[str, Any], parse(read_file(f"{directory}/used.json")[0]), "")  # type: ignore[no-any-return]
+    return {}
+
+
+class Keyring:
+    """Who may ask: the tokens as they are in the state directory at this moment, and the one *given* by the settings.
+
+    Where none is given, the file token has it. What is changed there counts from the next request on.
+    """
+
+    def __init__(self, directory: Path, given: str = "") -> None:
+        self.directory, self.given = directory, given
+        self.paths = [f"{directory}/{name}" for name in ("tokens.json", "token")]
+        self.stamps: list[Stamp] | None = None
+        self.tokens: list[Token] = []
+        self.used = dict[str, Record]()  # by name: when (ms) and from where it last came
+
+    def find(self, secret: bytes) -> Token | None:
+        """Return the token that *secret* is, expired or not; None if it is none."""
+        return matching(self.known(), secret)
+
+    def known(self) -> list[Token]:
+        stamps = [*map(stamp_at, self.paths)]  # before they are read: what comes meanwhile is seen the next time
+        if stamps != self.stamps:
+            self.tokens, self.stamps = [*self.read()], stamps
+        return self.tokens
+
+    def read(self) -> Iterator[Token]:
+        for name, said in tokens_in(self.directory).items():
+            yield token_from(name, said)
+        if master := self.given.encode() or self.master():
+            yield Token(MASTER, "admin", hashlib.sha256(master).hexdigest())
+
+    def master(self) -> bytes:
+        """Return what the file token holds."""
+        with contextlib.suppress(FileNotFoundError, Unreadable):
+            return read_file(self.paths[1])[0].strip()
+        return b""
+
+    def make(self) -> None:
+        """Make the file token if nobody could ask anything otherwise; raise OSError."""
+        if not self.given and not os.path.exists(self.paths[1]) and not tokens_in(self.directory):
+            file = File(self.paths[1], f"{self.directory}/.token")
+            set_aside({file: [new_secret().encode() + b"\n"]})
+            put_in_place([file])
+
+    def saw(self, token: Token, sender: str, now: int) -> None:
+        self.used[token.name] = {"at": now, "from": sender}
+
+
+def new_secret() -> str:
+    """Return a token: its first letters say whose it is to who finds one lying about."""
+    return f"kirosync_{secrets.token_urlsafe(32)}"
+
+
+def stamp_at(path: str) -> Stamp:
+    try:
+        return stamp_of(os.stat(path))
+    except OSError:
+        return 0, 0, 0
+
+
+def hold_service(directory: Path, address: str) -> int | None:
+    """Return a descriptor that keeps other services away from *directory* while it is open; None if there is one."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fd = os.open(directory / ".service", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    if not filelock.lock_descriptor(fd, blocking=False):
+        os.close(fd)
+        return None
+    os.ftruncate(fd, 0)
+    write_all(fd, f"{os.getpid()} {address}\n".encode())
+    return fd
+
+
+def who_serves(directory: Path) -> str:
+    """Return what the service of *directory* said of itself: its process and its address."""
+    with contextlib.suppress(FileNotFoundError, Unreadable):
+        return read_file(f"{directory}/.service")[0].decode(errors="replace").strip()
+    return ""
+
+
 def refusal_of(error: OSError) -> Refusal:
     """Return what to say of a write that failed."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -2886,6 +3201,28 @@ def remove_deserted(folders: Iterable[Path]) -> None:
                 shutil.rmtree(folder)
 
 
+@contextlib.contextmanager
+def as_owner(directory: Path) -> Iterator[None]:
+    """Be, if we are root, who owns *directory* for as long: else a service would find files that it cannot read."""
+    owner = os.stat(directory)
+    if os.geteuid() or not owner.st_uid:
+        yield
+        return
+    os.setegid(owner.st_gid)
+    os.seteuid(owner.st_uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(os.getgid())
+
+
+def settle(directory: Path) -> None:
+    """Have a store take in what was done by hand, and complete what a writer did not live to."""
+    with as_owner(directory), contextlib.closing(Store(directory)) as store:
+        store.settle()
+
+
 class Snapshot:
     """The state as it was at one moment, as a folder of links within the state directory, while others go on.
 
@@ -2903,7 +3240,8 @@ class Snapshot:
             raise NotFound(f"there is no state in {self.directory}")
         self.lock, self.fd = Lock(self.directory / ".lock"), -1
         try:
-            self._take()
+            with as_owner(self.directory):
+                self._take()
         except BaseException:
             self.__exit__()
             raise
@@ -2924,9 +3262,7 @@ class Snapshot:
                 self.held = max(self.held, time.monotonic() - began)
             if at_rest and not flaws_in(self.folder, self.sizes, self.lines()):
                 return
-            store = Store(self.directory)
-            store.settle()
-            store.close()
+            settle(self.directory)
         raise Busy("files in the state directory are being edited by hand; try again")
 
     def _link(self) -> bool:
@@ -3090,7 +3426,7 @@ def check_backup(folder: Path, paths: Iterable[str]) -> None:
         try:
             if place and place.part == "record":
                 from_hand(place.kind, read_record(place.kind, name_of(place.identity), f"{folder}/{path}")[1], 0, 0)
-            elif place and place.part in ("tombstone", "told", "agent"):
+            elif place and place.part in ("tombstone", "told", "used", "agent"):
                 check(dict[str, Any], parse(read_file(f"{folder}/{path}")[0]), "")
         except (Unreadable, Malformed) as reason:
             raise Malformed(path, str(reason)) from None
@@ -3123,7 +3459,7 @@ class Restoration:
             self.new.mkdir(mode=0o700)
             self.before.mkdir(mode=0o700)
             check_backup(self.new, unpack_backup(file, self.new))
-            fresh = Store(self.new, clock=self.store.clock)
+            fresh = Store(self.new, clock=self.store.clock, by=self.store.by)
             os.sync()  # all at once: a call for each of thousands of files takes minutes
             try:
                 while not self.store.change(partial(self._exchange, fresh=fresh)):
@@ -3205,7 +3541,7 @@ def complete_restore(folder: Path) -> Path:
             if os.path.lexists(state / name):  # after a crash it may be one that an opening store has just made
                 os.rename(state / name, free_name(before / name))
             os.rename(new / name, state / name)
-    for path in [*new.glob("agents/[!.]*.json"), *(new / name for name in (*DOORS, "told.json"))]:
+    for path in [*new.glob("agents/[!.]*.json"), *(new / name for name in (*DOORS, "told.json", "used.json"))]:
         place = state / path.relative_to(new)
         if path.exists() and not place.exists():
             os.rename(path, place)
@@ -3330,13 +3666,19 @@ class Inspection:
             if not os.path.exists(self.directory / f"archive/commands/{name_of(place.identity)}.json"):
                 yield "is the output of no command in the archive", "set aside"
         elif "put" not in ops:
-            yield "is the output of no command", "complete" if ops else "set aside"
+            yield "is the output of no command", "complete" if ops & GRAVES.keys() else "set aside"
 
     def agent(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
         yield from self.shaped(path, AGENT)
 
     def told(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
         yield from self.shaped(path, shape({"revision": Count, "commands": list[str]}, {}))
+
+    def used(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
+        yield from self.shaped(path, dict[str, Any])
+
+    def token(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
+        yield from self.shaped(path, dict[str, TOKEN]) if path.endswith(".json") else ()  # type: ignore[valid-type]
 
     def quarantined(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
         with contextlib.suppress(OSError):
@@ -3366,8 +3708,9 @@ PARTS: dict[str, Callable[[Inspection, str, Place], Iterator[tuple[str, str]]]] 
     "version": Inspection.nothing,
     "agent": Inspection.agent,
     "quarantined": Inspection.quarantined,
-    "token": Inspection.nothing,
+    "token": Inspection.token,
     "told": Inspection.told,
+    "used": Inspection.used,
     "journal": Inspection.journal,
 }
 
@@ -3395,9 +3738,7 @@ def repair(directory: Path) -> list[Flaw]:
     flaws = inspect_state(directory)
     set_flaws_aside(directory, [flaw for flaw in flaws if flaw.remedy == "rebuild"])
     if any(flaw.remedy in ("rebuild", "take in", "complete") for flaw in flaws):
-        store = Store(directory)
-        store.settle()
-        store.close()
+        settle(directory)
     set_flaws_aside(directory, [flaw for flaw in inspect_state(directory) if flaw.remedy == "set aside"])
     for flaw in inspect_state(directory):
         path = directory / flaw.path
@@ -3412,7 +3753,7 @@ def repair(directory: Path) -> list[Flaw]:
 def set_flaws_aside(directory: Path, flaws: Iterable[Flaw]) -> None:
     """Move what is still as *flaws* say into quarantine, each with the reason."""
     lock = Lock(directory / ".lock")
-    with contextlib.closing(lock), lock.held():
+    with contextlib.closing(lock), lock.held(), as_owner(directory):
         inspection = Inspection(directory)
         for flaw in flaws:
             if flaw in inspection.judge(flaw.path) and os.path.lexists(directory / flaw.path):
@@ -3475,42 +3816,55 @@ def sizes_of(directory: Path) -> dict[str, tuple[int, int]]:
 # The only code that knows HTTP.
 
 
+PUBLIC: tuple[str, ...] = ()  # the scopes that a route may be asked with; where there are none, no token is wanted
+LOOK = ("read", "client", "agent", "ide", "admin")
+READ = ("read", "client", "ide", "admin")
+WRITE = ("client", "ide", "admin")
+SUBMIT = ("client", "agent", "ide", "admin")
+EXECUTE_AS = ("agent", "ide", "admin")
+
+
 class Route(NamedTuple):
-    """A method and a path, the handler's name, what may follow the "?", and whether it is for everyone."""
+    """A method and a path, the handler's name, the scopes that it takes, and what may follow the "?".
+
+    What more a scope decides, by the type of the command say, is in GRANTS.
+    """
 
     method: str
     path: str
     handler: str
+    scopes: tuple[str, ...]
     query: tuple[str, ...] = ()
-    public: bool = False
 
 
 ROUTES = (
-    Route("GET", "/", "get_home", public=True),
-    Route("GET", "/docs", "get_docs", public=True),
-    Route("GET", "/openapi.json", "get_openapi", public=True),
-    Route("GET", "/health", "get_health", public=True),
-    Route("GET", "/sync", "get_sync", ("since", "wait", "only", "status", "agent")),
-    Route("POST", "/sync", "post_sync", ("since",)),
-    Route("POST", "/command", "post_command", ("wait",)),
-    Route("GET", "/commands", "get_commands", ("status", "type", "limit")),
-    Route("POST", "/command/<identity:path>/cancel", "post_cancel"),
-    Route("GET", "/command/<identity:path>/output", "get_output", ("stream", "offset", "tail", "wait")),
-    Route("POST", "/command/<identity:path>/output", "post_output", ("stream", "offset", "attempt", "agent", "claim")),
-    Route("POST", "/command/<identity:path>/input", "post_input"),
-    Route("GET", "/command/<identity:path>", "get_command", ("wait",)),
-    Route("PATCH", "/command/<identity:path>", "patch_command"),
-    Route("DELETE", "/<kind:re:conversation|document|command>/<identity:path>", "delete"),
-    Route("GET", "/agents", "get_agents"),
-    Route("PUT", "/agents/<identity:path>", "put_agent"),
-    Route("PATCH", "/agents/<identity:path>", "patch_agent"),
-    Route("DELETE", "/agents/<identity:path>", "delete_agent"),
-    Route("POST", "/api/kiro/execute", "post_execute"),
-    Route("GET", "/api/kiro/status", "get_kiro_status"),
-    Route("POST", "/api/kiro/input", "post_kiro_input"),
+    Route("GET", "/", "get_home", PUBLIC),
+    Route("GET", "/docs", "get_docs", PUBLIC),
+    Route("GET", "/openapi.json", "get_openapi", PUBLIC),
+    Route("GET", "/health", "get_health", PUBLIC),
+    Route("GET", "/metrics", "get_metrics", READ),
+    Route("GET", "/sync", "get_sync", LOOK, ("since", "wait", "only", "status", "agent")),
+    Route("POST", "/sync", "post_sync", WRITE, ("since",)),
+    Route("POST", "/command", "post_command", SUBMIT, ("wait",)),
+    Route("GET", "/commands", "get_commands", LOOK, ("status", "type", "limit")),
+    Route("POST", "/command/<identity:path>/cancel", "post_cancel", SUBMIT),
+    Route("GET", "/command/<identity:path>/output", "get_output", LOOK, ("stream", "offset", "tail", "wait")),
+    Route(
+        *("POST", "/command/<identity:path>/output", "post_output", EXECUTE_AS),
+        ("stream", "offset", "attempt", "agent", "claim"),
+    ),
+    Route("POST", "/command/<identity:path>/input", "post_input", WRITE),
+    Route("GET", "/command/<identity:path>", "get_command", LOOK, ("wait",)),
+    Route("PATCH", "/command/<identity:path>", "patch_command", SUBMIT),
+    Route("DELETE", "/<kind:re:conversation|document|command>/<identity:path>", "delete", WRITE),
+    Route("GET", "/agents", "get_agents", LOOK),
+    Route("PUT", "/agents/<identity:path>", "put_agent", EXECUTE_AS),
+    Route("PATCH", "/agents/<identity:path>", "patch_agent", EXECUTE_AS),
+    Route("DELETE", "/agents/<identity:path>", "delete_agent", EXECUTE_AS),
+    Route("POST", "/api/kiro/execute", "post_execute", WRITE),
+    Route("GET", "/api/kiro/status", "get_kiro_status", READ),
+    Route("POST", "/api/kiro/input", "post_kiro_input", WRITE),
 )
-
-SAID_WITH = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}  # the headers of a refusal, by its status
 
 OWN_FIELDS = {"id", "revision"}  # of every record; on the wire the key says the one and the cursor the other
 SET_LATER = (
@@ -3549,13 +3903,14 @@ def check_push(push: Record) -> Record:
     return push
 
 
-def take_push(pen: Pen, push: Record) -> str:
-    """Merge *push* into the state; return "updated" if its clock is ahead of the server's, else "current"."""
+def take_push(pen: Pen, push: Record, asker: Token) -> str:
+    """Merge what *asker* sent into the state; return "updated" if its clock is ahead of ours, else "current"."""
     moment = push.get("lastUpdate", 0)
     updated = bool(moment > pen.last_update)
     if updated:
         pen.touch(moment if moment <= pen.now + AHEAD_MS else pen.now)
-    for kind, take in (("conversations", take_messages), ("documents", take_document), ("commands", take_command)):
+    take_it = partial(take_command, asker=asker)
+    for kind, take in (("conversations", take_messages), ("documents", take_document), ("commands", take_it)):
         for identity, record in push.get(kind, {}).items():
             take(pen, identity, record)
     return "updated" if updated else "current"
@@ -3580,11 +3935,15 @@ def take_document(pen: Pen, identity: str, document: Record) -> None:
     pen.put("documents", identity, merged)
 
 
-def take_command(pen: Pen, identity: str, command: Record) -> None:
+def take_command(pen: Pen, identity: str, command: Record, asker: Token) -> None:
+    """Take in what *asker* pushed: of a command that is known, a report by who may take it; else it is queued."""
     known, grave = pen.get("commands", identity), pen.grave("commands", identity)
     if grave and not known and command.get("updatedAt", command.get("createdAt", 0)) <= grave["deletedBefore"]:
         return
-    put_command(pen, known, merge_command(known, {**command, "id": identity}, pen.now))
+    if known and asker.scope != "admin" and known["type"] not in GRANTS[asker.scope].takes:
+        return
+    merged = merge_command(known, {**command, "id": identity}, pen.now)
+    put_command(pen, known, merged if known else {**merged, "queuedBy": asker.name})
 
 
 def report(pen: Pen, identity: str, patch: Record) -> Record:
@@ -3789,8 +4148,9 @@ class Open:
 
 
 class Caller(NamedTuple):
-    """Who waits for an execution, and for what order, by its sha256."""
+    """Who waits for an execution, by the name of the token, and for what order, by its sha256."""
 
+    name: str
     sha256: str
     channel: Any
 
@@ -3811,7 +4171,7 @@ class Editors:
         One whose caller *waits* has a mark by which it is found by a caller who was cut off.
         """
         with self.starting:
-            marks = {"orderSha256": caller.sha256} if waits else {}
+            marks = {"queuedBy": caller.name} | ({"orderSha256": caller.sha256} if waits else {})
             command = self.started(order, key, caller) or self.queue(order, key, marks)
             self.callers[command["id"]] = caller
             return command
@@ -3936,6 +4296,133 @@ class Editors:
         return waiting[0] if waiting else max(asked, key=lambda identity: asked[identity]["createdAt"])
 
 
+class Meter:
+    """What each has left of something that refills at a *rate* a second up to *burst*; a debt must be filled up first.
+
+    Of METERED who asked last; for the others it is full.
+    """
+
+    def __init__(self, rate: float, burst: float) -> None:
+        self.rate, self.burst, self.guard = rate, burst, threading.Lock()
+        self.levels: dict[str, tuple[float, float]] = {}  # and when it was so, s
+
+    def level(self, who: str) -> float:
+        level, then = self.levels.get(who, (self.burst, 0))
+        return refilled(level, time.monotonic() - then, self.rate, self.burst)
+
+    def pause(self, who: str) -> float:
+        """Return in how many seconds there will be something left, 0 if there is."""
+        level = self.level(who)
+        return 0 if level >= 1 else (1 - level) / self.rate
+
+    def take(self, who: str, amount: float) -> None:
+        with self.guard:
+            level = self.level(who) - amount
+            self.levels.pop(who, None)
+            self.levels[who] = level, time.monotonic()
+            if len(self.levels) > METERED:
+                del self.levels[next(iter(self.levels))]
+
+
+class Gate:
+    """Who comes in: whose token it is, and whether that token, or the address, has asked for too much.
+
+    A token that nobody can guess is let in whatever its address has tried before. Of a shorter one an address that has
+    tried too much must wait, unless it came with that very one before: so nobody finds it, and nobody locks it out.
+    """
+
+    def __init__(self, keyring: Keyring, places: int) -> None:
+        self.keyring, self.places, self.guard = keyring, places, threading.Lock()
+        self.tries, self.visits = Meter(TRIES_A_S, TRIES), Meter(VISITS_A_S, VISITS)
+        self.requests = {scope: Meter(quota.requests, quota.requests * BURST_S) for scope, quota in QUOTAS.items()}
+        self.bytes = {scope: Meter(quota.bytes, quota.bytes * BURST_BYTES_S) for scope, quota in QUOTAS.items()}
+        self.came: dict[tuple[str, str], None] = {}  # the address and the sha256 of short tokens that were right
+        self.held = collections.Counter[str]()  # requests, by the token's name
+        self.refused = 0
+
+    def admit(self, authorization: str, sender: str, scopes: Sequence[str], now: int) -> Token | None:
+        """Return who asks for something that *scopes* may, None for what is public; raise why not."""
+        scheme, _, text = authorization.partition(" ")
+        secret = text.strip().encode("latin-1", "replace") if scheme.lower() == "bearer" else b""
+        home = household(sender)
+        token = self.recognize(secret, home) if secret else None
+        if token is None:
+            self.turn_away(home, secret, scopes)
+            return None
+        if token.expires <= now:
+            raise Unauthorized(f"the token {token.name!r} expired on {iso(token.expires)}")
+        self.keyring.saw(token, sender, now)
+        self.limit(self.requests[token.scope], token.name, f"the token {token.name!r} has sent too many requests")
+        self.limit(self.bytes[token.scope], token.name, f"the token {token.name!r} has moved too many bytes", 0)
+        if scopes and token.scope not in scopes:
+            raise Forbidden(token.scope, "ask this", scopes)
+        return token
+
+    def recognize(self, secret: bytes, home: str) -> Token | None:
+        """Return the token that *secret* is, None if it is none, or may only be guessed."""
+        short = len(secret) < UNGUESSABLE
+        came = home, digest(secret)
+        if short and came not in self.came and self.tries.pause(home):
+            return None
+        token = self.keyring.find(secret)
+        if short and token:
+            self.came[came] = None
+            if len(self.came) > METERED:
+                del self.came[next(iter(self.came))]
+        return token
+
+    def turn_away(self, home: str, secret: bytes, scopes: Sequence[str]) -> None:
+        """Raise why who has no valid token does not come in; who wants what is public does."""
+        if secret or scopes:
+            self.refused += 1
+            self.limit(self.tries, home, "too many requests without a valid token came from your address")
+        if scopes:
+            raise Unauthorized
+        self.limit(self.visits, home, "too many requests came from your address")
+
+    def limit(self, meter: Meter, who: str, sentence: str, amount: float = 1) -> None:
+        """Take *amount* from what *who* has left; raise TooMany if that is nothing."""
+        if pause := meter.pause(who):
+            raise TooMany(f"{sentence}; try again in {max(1, math.ceil(pause))} s", pause)
+        if amount:
+            meter.take(who, amount)
+
+    def charge(self, token: Token | None, size: int) -> None:
+        """Count *size* bytes that went to or came from who has the *token*."""
+        if token and size:
+            self.bytes[token.scope].take(token.name, size)
+
+    @contextlib.contextmanager
+    def place(self, token: Token | None) -> Iterator[bool]:
+        """Say whether there is a place for one more request to be held, for this *token*, and keep it meanwhile."""
+        name, most = (token.name, QUOTAS[token.scope].held) if token else ("", 0)
+        with self.guard:
+            free = self.held.total() < self.places and self.held[name] < most
+            self.held[name] += free
+        try:
+            yield free
+        finally:
+            with self.guard:
+                self.held[name] -= free
+
+    def still(self, token: Token | None, now: int) -> None:
+        """Raise Unauthorized if *token*, which was let in, has meanwhile been revoked, or has expired."""
+        if token and (token not in self.keyring.known() or token.expires <= now):
+            raise Unauthorized
+
+
+def household(sender: str) -> str:
+    """Return what is counted as one address: of IPv6 the network, of which whoever has one address has all.
+
+    >>> household("2001:db8::1"), household("192.0.2.1")
+    ('2001:db8::/64', '192.0.2.1')
+    """
+    try:
+        return str(ipaddress.ip_network(f"{sender}/64", strict=False)) if ":" in sender else sender
+    except ValueError:
+        return sender
+
+
 class Service:
     """The routes, and the one plugin through which every request passes: token, errors, request id."""
 
@@ -3944,21 +4431,23 @@ class Service:
     def __init__(
         self,
         store: Store | None,
-        token: str,
+        keyring: Keyring,
         host: str = "127.0.0.1",
         port: int = 0,
         *,
         threads: int = THREADS,
         execute_s: float = EXECUTE_S,
     ) -> None:
-        self.token, self.host, self.port, self.execute_s = token, host, port, execute_s
+        self.keyring, self.host, self.port, self.execute_s = keyring, host, port, execute_s
         self.started, self.listening = time.monotonic(), 0
         self.opened: Store | None = None
         if store:
             self.begin(store)
         self.name_of_run = secrets.token_hex(4)  # and a number make the id of a request: no system call for each
         self.requests = itertools.count(1)
-        self.waiters = threading.BoundedSemaphore(max(0, threads - max(2, threads // 4)))
+        self.gate = Gate(keyring, places=max(0, threads - max(2, threads // 4)))
+        self.counts = collections.Counter[tuple[str, str, int]]()  # of requests: method, path of the route, status
+        self.counting = threading.Lock()
         self.door, self.last_left = threading.Lock(), 0.0
         self.app: Any = bottle.Bottle()
         self.app.config["json.enable"] = False  # JSON is made here
@@ -3966,7 +4455,7 @@ class Service:
         self.app.default_error_handler = self.unrouted
         self.app.install(self)
         for route in ROUTES:
-            self.app.route(route.path, route.method, getattr(self, route.handler), public=route.public)
+            self.app.route(route.path, route.method, getattr(self, route.handler), scopes=route.scopes)
 
     def begin(self, store: Store) -> None:
         """Answer from *store* from now on; until then who wants it is told to come again."""
@@ -3981,7 +4470,9 @@ class Service:
         return self.opened
 
     def apply(self, handler: Callable[..., Any], route: Any) -> Callable[..., Any]:
-        return lambda **arguments: self.answer(lambda: handler(**arguments), route.config.get("public", False))
+        return lambda **arguments: self.answer(
+            lambda: handler(**arguments), route.config["scopes"], readable(route.rule)
+        )
 
     def unrouted(self, error: Any) -> Any:
         """Answer what Bottle could not route: 404 and 405, for who has a token."""
@@ -3993,24 +4484,26 @@ class Service:
                 raise NotAllowed(f"{method} is not for {path}; possible: {allowed}", allowed=allowed.split(","))
             raise NotFound(f"there is no {path}; GET /docs lists what there is")
 
-        return self.answer(refuse, public=False)
+        return self.answer(refuse, LOOK)
 
-    def answer(self, handler: Callable[[], Any], public: bool) -> Any:
-        """Return the body, bytes or a file, of what *handler* answers or raises, and set the status and the headers."""
-        request, response = bottle.request, bottle.response
+    def answer(self, handler: Callable[[], Any], scopes: Sequence[str], path: str = "") -> Any:
+        """Return the body, bytes or a file, of what *handler* answers or raises, and set the status and the headers.
+
+        It is asked for by who has one of *scopes*; *path* is that of its route.
+        """
+        request, response, began = bottle.request, bottle.response, time.monotonic()
         identity = header("X-Request-Id")
         if not re.fullmatch(r"[\w.-]{1,64}", identity, re.ASCII):
             identity = f"{self.name_of_run}-{next(self.requests)}"
         response.set_header("X-Request-Id", identity)
         response.content_type = "application/json"
         try:
-            if not public and not self.is_authenticated():
-                raise Unauthorized
+            self.let_in(scopes)
             check_path(request.environ.get("bottle.raw_path", ""))
             body = handler()
         except Refusal as refusal:
             response.status = refusal.status
-            for name, value in SAID_WITH.get(refusal.status, {}).items():
+            for name, value in refusal.headers.items():
                 response.set_header(name, value)
             body = refusal.body() | ({"timestamp": iso(time.time() * 1000)} if isinstance(refusal, Coded) else {})
         except Exception:  # a defect of ours: the caller learns where to look, the log learns what
@@ -4018,14 +4511,47 @@ class Service:
             response.status = 500
             body = {"error": "Internal Server Error", "message": "see the log for this request", "requestId": identity}
         if hasattr(body, "read"):  # a file: Bottle hands it on
+            self.note(path, int(response.headers["Content-Length"]), began)
             return body
         pieces = body if isinstance(body, list) else [body if isinstance(body, bytes) else msgspec.json.encode(body)]
-        return self.send(pieces)
+        ends = [*itertools.accumulate(map(len, pieces))] or [0]
+        self.note(path, ends[-1], began)
+        return self.send(pieces, ends)
 
-    def send(self, pieces: list[bytes]) -> bytes | Iterator[bytes]:
+    def let_in(self, scopes: Sequence[str]) -> None:
+        """Note who asks; raise why they may not ask what *scopes* may."""
+        environ, sender = bottle.request.environ, str(bottle.request.environ.get("REMOTE_ADDR", ""))
+        environ["kirosync.token"] = None
+        BY.set(f"nobody@{sender}")
+        token = self.gate.admit(header("Authorization"), sender, scopes, time.time_ns() // 1_000_000)
+        environ["kirosync.token"] = token
+        BY.set(f"{token.name}@{sender}" if token else f"nobody@{sender}")
+
+    @property
+    def asker(self) -> Token:
+        """Who asks, for what is not public."""
+        token: Token | None = bottle.request.environ["kirosync.token"]
+        if token is None:
+            raise Unauthorized
+        return token
+
+    def note(self, path: str, size: int, began: float) -> None:
+        """Count an answer of *size* bytes to what was asked of the route *path*, and enter it in the access log."""
+        request, status = bottle.request, bottle.response.status_code
+        with self.counting:
+            self.counts[request.method if path else "", path, status] += 1
+        token, received = request.environ.get("kirosync.token"), max(0, request.content_length)
+        self.gate.charge(token, size + received)
+        if access.isEnabledFor(logging.INFO):
+            said = {"at": iso(time.time() * 1000), "requestId": bottle.response.get_header("X-Request-Id")}
+            said |= {"by": token.name if token else "", "from": request.environ.get("REMOTE_ADDR", "")}
+            said |= {"method": request.method, "path": request.path, "status": status, "bytes": size}
+            said |= {"received": received, "ms": round((time.monotonic() - began) * 1000)}
+            access.info(msgspec.json.encode(said).decode())
+
+    def send(self, pieces: list[bytes], ends: list[int]) -> bytes | Iterator[bytes]:
         """Return what is to be sent of a body in *pieces*: compressed if that is wanted; if it is long, in blocks."""
-        ends, response = [*itertools.accumulate(map(len, pieces))], bottle.response
-        size = ends[-1] if ends else 0
+        response, size = bottle.response, ends[-1]
         response.set_header("Vary", "Accept-Encoding")
         wanted = size >= GZIP_BYTES and bottle.request.method != "HEAD"
         compress = wanted and ACCEPTS_GZIP.search(header("Accept-Encoding"))
@@ -4037,11 +4563,6 @@ class Service:
             response.set_header("Content-Length", str(size))
         parts = blocks(pieces, ends)
         return gzipped(parts) if compress else parts
-
-    def is_authenticated(self) -> bool:
-        scheme, _, token = header("Authorization").partition(" ")
-        given = token.strip().encode("latin-1", "replace")
-        return scheme.lower() == "bearer" and bool(given) and hmac.compare_digest(given, self.token.encode())
 
     # What a request says
 
@@ -4103,18 +4624,19 @@ class Service:
         leave one after the other: many who wait for the same are not to crowd out who asks.
         """
         until = time.monotonic() + seconds
-        if seconds <= 0 or not self.waiters.acquire(blocking=False):
-            return seconds <= 0
-        channel = bottle.request.environ.get("kirosync.channel")
-        try:
+        if seconds <= 0:
+            return True
+        channel, token = (bottle.request.environ.get(f"kirosync.{name}") for name in ("channel", "token"))
+        with self.gate.place(token) as free:
+            if not free:
+                return False
             with channel.parked() if channel else contextlib.nullcontext():
                 if self.wait_until(ready, until, topics, pause, channel) and in_turn:
                     with self.door:
                         time.sleep(max(0.0, self.last_left + PACE_S - time.monotonic()))
                         self.last_left = time.monotonic()
-            return True
-        finally:
-            self.waiters.release()
+        self.gate.still(token, time.time_ns() // 1_000_000)
+        return True
 
     def wait_until(
         self, ready: Callable[[], Any], until: float, topics: Sequence[tuple[str, ...]], pause: float, channel: Any
@@ -4157,17 +4679,43 @@ class Service:
         return {"openapi": "3.1.0", "info": about, "components": {"securitySchemes": scheme}, "paths": paths}
 
     def get_health(self) -> Record:
-        """Whether the service is up: {status, timestamp, server: {running, port, host, uptime in s}}.
+        """Whether the service is well: {status, timestamp, server: {running, port, host, uptime in s}}.
 
-        The status is healthy, or while it reads its state directory unhealthy, with the "problem". Who brings a token
-        learns more: queue: {pending, processing, oldestPendingMs}, and agents: {name: {kind, present, lastSeen}}.
+        It is unhealthy, and the status code 503, while it reads its state directory, where that cannot be written or is
+        nearly full, and when a command has waited for a minute that no agent is there to take; "problem" says which.
+        Who brings a token learns more: queue: {pending, processing, oldestPendingMs}, and agents: {name: {kind,
+        present, lastSeen}}.
         """
-        now = self.opened.clock() if self.opened else time.time() * 1000
-        uptime = round(time.monotonic() - self.started, 3)
-        server = {"running": True, "port": self.port, "host": self.host, "uptime": uptime}
-        said: Record = {"status": "healthy"} if self.opened else {"status": "unhealthy", "problem": "starting"}
-        more = self.overview() if self.opened and self.is_authenticated() else {}
+        now, problem = self.opened.clock() if self.opened else time.time() * 1000, self.problem()
+        server = {"running": True, "port": self.port, "host": self.host, "uptime": self.uptime()}
+        said = {"status": "unhealthy", "problem": problem} if problem else {"status": "healthy"}
+        bottle.response.status = 503 if problem else 200
+        more = self.overview() if self.opened and bottle.request.environ["kirosync.token"] else {}
         return {**said, "timestamp": iso(now), "server": server, **more}
+
+    def uptime(self) -> float:
+        return round(time.monotonic() - self.started, 3)
+
+    def problem(self) -> str:
+        """Return why the service is not well, "" if it is."""
+        if not self.opened:
+            return "starting"
+        if self.store.trouble:
+            return self.store.trouble
+        free, files = self.store.room()
+        if free < LOW_BYTES or files < LOW_FILES:
+            return f"the disk is nearly full: {int(free) >> 20} MiB and room for {files:.0f} files are left"
+        if untaken := self.untaken():
+            return f"nobody takes commands: {untaken} wait for agents that are not there"
+        return ""
+
+    def untaken(self) -> int:
+        """Return how many commands have waited for UNTAKEN_S, while no agent is there to take them."""
+        now = self.store.clock()
+        waiting = [each for each in self.open.look().values() if each["status"] == "pending"]
+        old = [each for each in waiting if each["createdAt"] < now - UNTAKEN_S * 1000 and each["type"] not in ASKED]
+        here = {name: agent.said for name, agent in self.store.agents().items() if agent.present(now)} if old else {}
+        return sum(not any(would_take(name, said, each) for name, said in here.items()) for each in old)
 
     def overview(self) -> Record:
         """Return what waits, what is being executed, and who was seen when."""
@@ -4182,6 +4730,34 @@ class Service:
         }
         return {"queue": queue, "agents": seen}
 
+    def get_metrics(self) -> bytes:
+        """What can be counted and measured, in the text format of Prometheus."""
+        bottle.response.content_type = "text/plain; version=0.0.4; charset=utf-8"
+        said = self.overview()
+        queue, kinds = said["queue"], collections.Counter((a["kind"], a["present"]) for a in said["agents"].values())
+        free, files = self.store.room()
+        entries = {kind: [*self.store.all(kind).values()] for kind in KINDS}
+        figures: list[tuple[str, str, Iterable[tuple[Record, float]]]] = [
+            ("info", "gauge", [({"version": __version__}, 1)]),
+            ("healthy", "gauge", [({}, int(not self.problem()))]),
+            ("uptime_seconds", "gauge", [({}, self.uptime())]),
+            ("revision", "counter", [({}, self.store.revision)]),
+            ("records", "gauge", [({"kind": kind}, len(known)) for kind, known in entries.items()]),
+            ("bytes", "gauge", [({"kind": k}, sum(e.stamp[2] for e in known)) for k, known in entries.items()]),
+            ("commands_open", "gauge", [({"status": each}, queue[each]) for each in ("pending", "processing")]),
+            ("oldest_pending_seconds", "gauge", [({}, (queue["oldestPendingMs"] or 0) / 1000)]),
+            ("agents", "gauge", [({"kind": k, "present": p}, count) for (k, p), count in sorted(kinds.items())]),
+            ("disk_free_bytes", "gauge", [({}, free)]),
+            ("disk_free_files", "gauge", [({}, files)]),
+            ("requests_held", "gauge", [({}, self.gate.held.total())]),
+            ("requests_without_token_total", "counter", [({}, self.gate.refused)]),
+            (
+                *("requests_total", "counter"),
+                [({"method": m, "path": p, "status": s}, n) for (m, p, s), n in sorted(self.counts.copy().items())],
+            ),
+        ]
+        return "".join(itertools.starmap(exposed, figures)).encode()
+
     def get_sync(self) -> list[bytes]:
         """All conversations, documents and commands, with lastUpdate and a cursor.
 
@@ -4195,7 +4771,11 @@ class Service:
         query, kinds, statuses = bottle.request.query, self.listed("only", KINDS), self.listed("status", NEXT)
         agent = check_id(query.getunicode("agent", ""), "agent") if query.get("agent") else ""
         since, seconds = query.get("since"), self.seconds()
-        kinds = kinds or list(KINDS)
+        kinds = kinds or [kind for kind in KINDS if kind in GRANTS[self.asker.scope].reads]
+        for kind in kinds:
+            self.asker.may(f"read {kind}", "reads", kind)
+        if agent:
+            self.permit_agent(agent)
         if since and seconds:
 
             def ready() -> bool:
@@ -4222,8 +4802,9 @@ class Service:
         records are merged in both cases: no message is dropped because of a clock. With ?since=CURSOR the
         data is what changed after it, and what became of that which was sent.
         """
-        push = check_push(self.body())
-        status = self.store.change(lambda pen: take_push(pen, push))
+        push, asker = check_push(self.body()), self.asker
+        self.check_open(sum(each["status"] not in ENDED for each in push.get("commands", {}).values()))
+        status = self.store.change(lambda pen: take_push(pen, push, asker))
         delta = self.store.delta(bottle.request.query.get("since"))
         self.told.up_to(delta.since or delta.revision)
         for kind in KINDS:
@@ -4241,6 +4822,30 @@ class Service:
             self.store.saw(agent)
         return True
 
+    def permit(self, what: str, right: str, identity: str) -> Record:
+        """Return the command if who asks may do *what* (see GRANTS) with its type; raise Forbidden or NotFound."""
+        command = existing("commands", self.store.get("commands", identity)).record(identity)
+        self.asker.may(f"{what} {command['type']}", right, command["type"])
+        return command
+
+    def permit_agent(self, name: str, kind: str | None = None) -> None:
+        """Raise Forbidden unless who asks may speak for the agent *name*, as what it is, and as that *kind*."""
+        known = self.store.agent(name)
+        for each in {known.said["kind"] if known else None, kind} - {None} or {"agent"}:
+            self.asker.may(f"speak for an agent of the kind {each}", "announces", str(each))
+
+    def check_open(self, more: int) -> None:
+        """Raise TooMany if who asks would have more commands open than they may, with *more*."""
+        most, known = QUOTAS[self.asker.scope].open, self.open.look()
+        if not more or len(known) + more <= most:
+            return
+        mine = sum(each.get("queuedBy") == self.asker.name for each in known.values())
+        if mine + more > most:
+            sentence = (
+                f"the token {self.asker.name!r} has {mine} commands open; with {more} more it would be above {most}"
+            )
+            raise TooMany(sentence, OPEN_PAUSE_S)
+
     def key(self) -> str:
         """Return the Idempotency-Key, "" if there is none."""
         key = header("Idempotency-Key")
@@ -4254,8 +4859,10 @@ class Service:
         With a header Idempotency-Key it can be sent again without harm: for as long as the command is kept, the
         same key with the same body answers as that command stands, and with another body 422.
         """
-        order, seconds, key = self.body(), self.seconds(), self.key()
-        command, known = self.store.change(lambda pen: queue(pen, order, key))
+        order, seconds, key, asker = self.body(), self.seconds(), self.key(), self.asker
+        asker.may(f"queue {order.get('type')}", "queues", str(order.get("type")))
+        self.check_open(1)
+        command, known = self.store.change(lambda pen: queue(pen, order, key, queuedBy=asker.name))
         if known:
             bottle.response.set_header("Idempotent-Replayed", "true")
         identity = command["id"]
@@ -4295,6 +4902,7 @@ class Service:
         ends it. A command that has ended stays as it is: the same report again is 200, another 409.
         """
         patch = self.body()
+        self.permit("take", "takes", identity)
         changed = self.store.change(lambda pen: report(pen, identity, patch))
         self.saw(patch.get("agent"))
         return without(changed, "id")
@@ -4305,6 +4913,7 @@ class Service:
         For one that is being executed the answer has "cancelRequested": its agent ends all that it has started, by
         INT, after 2 s TERM, after 5 s more KILL, and reports the outcome: cancelled, or ok if it was done before.
         """
+        self.permit("cancel", "queues", identity)
         return without(self.store.change(lambda pen: cancel_command(pen, identity)), "id")
 
     def get_output(self, identity: str) -> Any:
@@ -4363,7 +4972,7 @@ class Service:
         stream, offset, query = self.stream(("stdout", "stderr")), self.number("offset"), bottle.request.query
         if offset < 0:
             raise Malformed("offset", "is required")
-        command = existing("commands", self.store.get("commands", identity)).record(identity)
+        command = self.permit("take", "takes", identity)
         if command["status"] != "processing":
             raise Conflict(f"{identity} is {command['status']}: it prints nothing", status=command["status"])
         held: Record = {name: query.getunicode(name) for name in ("agent", "claim") if name in query}
@@ -4425,12 +5034,14 @@ class Service:
         "focusedAt" (ms), when its window was last in front. It replaces what was said before.
         """
         said = check_announcement(AGENT, self.body())
+        self.permit_agent(identity, said["kind"])
         self.store.change(lambda pen: pen.announce(identity, said))
         return {"agent": identity}
 
     def patch_agent(self, identity: str) -> Record:
         """Change some of what an agent said of itself; {} says that it is there. 404: it must announce itself anew."""
         patch = check_announcement(AGENT_PATCH, self.body())
+        self.permit_agent(identity, patch.get("kind"))
         if patch:
             self.store.change(lambda pen: pen.announce(identity, {**existing("agents", pen.agent(identity)), **patch}))
         elif not self.store.saw(identity):
@@ -4439,6 +5050,7 @@ class Service:
 
     def delete_agent(self, identity: str) -> Record:
         """Say that an agent has gone."""
+        self.permit_agent(identity)
         if not self.store.change(lambda pen: pen.store.forget(identity)):
             raise NotFound("Agent not found")
         return {"deleted": identity}
@@ -4454,7 +5066,8 @@ class Service:
         POST /command. Without one, the same asked again by who hung up before the answer is not executed again.
         """
         order, key = execution_of(self.kiro_body(), self.execute_s), self.key()
-        caller = Caller(digest(canonical(order)), bottle.request.environ.get("kirosync.channel"))
+        self.check_open(1)
+        caller = Caller(self.asker.name, digest(canonical(order)), bottle.request.environ.get("kirosync.channel"))
         at_once = "respond-async" in {each.partition(";")[0].strip().lower() for each in header("Prefer").split(",")}
         command = self.editors.start(order, key, caller, not at_once)
         try:
@@ -4546,6 +5159,8 @@ class Service:
                 log.warning("commands that are overdue must wait: %s", refusal)
                 self.listening = self.store.clock()  # nor could an agent report
                 due = {}
+            if self.store.trouble:
+                self.store.probe()
             self.store.closing.wait(SWEEP_S)
 
     def is_idle_question(self, command: Record) -> bool:
@@ -4556,12 +5171,17 @@ class Service:
     def tend(self) -> None:
         """Keep the journal short and the commands few, until the store is closed."""
         while not self.store.closed:
-            for work in (self.store.compact, self.retire, self.told.save, self.forget_agents):
+            for work in (self.store.compact, self.retire, self.told.save, self.save_use, self.forget_agents):
                 try:
                     work()
                 except (OSError, Refusal) as error:
                     log.warning("what is old must wait: %s", error)
             self.store.closing.wait(TEND_S)
+
+    def save_use(self) -> None:
+        """Remember when each token was last used."""
+        before = {name: said for name, said in used_in(self.store.directory).items() if name not in self.keyring.used}
+        self.store.remember("used", msgspec.json.encode({**before, **self.keyring.used}))
 
     def forget_agents(self) -> None:
         """Forget the agents that have not been seen for long: a window that has crashed comes with another name."""
@@ -4599,6 +5219,28 @@ def header(name: str) -> str:
     """Return a header of the request, each byte a character: Bottle's own look-up fails where it is no UTF-8."""
     key = name.upper().replace("-", "_")
     return str(bottle.request.environ.get(key if key == "CONTENT_TYPE" else f"HTTP_{key}", ""))
+
+
+def would_take(name: str, said: Record, command: Record) -> bool:
+    """Return whether the agent of that *name*, which *said* what it is, would take the *command*."""
+    return command["type"] in said["types"] and command.get("target", name) == name
+
+
+def exposed(name: str, kind: str, samples: Iterable[tuple[Record, float]]) -> str:
+    """Return a figure as Prometheus reads it: https://prometheus.io/docs/instrumenting/exposition_formats/.
+
+    >>> exposed("records", "gauge", [({"kind": "a"}, 2)])
+    '# TYPE kirosync_records gauge\\nkirosync_records{kind="a"} 2\\n'
+    """
+    lines = [f"# TYPE kirosync_{name} {kind}"]
+    for labels, value in samples:
+        said = ",".join(f'{label}="{escaped(str(text))}"' for label, text in labels.items())
+        lines.append(f"kirosync_{name}{f'{{{said}}}' if said else ''} {'+Inf' if value == math.inf else value}")
+    return "\n".join(lines) + "\n"
+
+
+def escaped(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
 def shown_question(question: Record) -> Record:
@@ -4713,7 +5355,7 @@ def operation(route: Route) -> Record:
             {"name": name, "in": place, "required": place == "path", "schema": {"type": "string"}}
             for name, place in places
         ],
-        "security": [] if route.public else [{"token": []}],
+        "security": [{"token": [*route.scopes]}] if route.scopes else [],
         "responses": {"200": {"description": "as described"}, "default": {"description": '{"error": what was wrong}'}},
         **({"requestBody": {"content": {"application/json": {}}}} if route.method in ("POST", "PUT", "PATCH") else {}),
     }
@@ -4750,7 +5392,8 @@ def docs_page() -> bytes:
         return ", ".join(f"{name}*" if get_origin(kind) is Required else name for name, kind in table.items())
 
     routes = "".join(
-        f"<h3><code>{route.method} {readable(route.path)}</code>{' <small>public</small>' if route.public else ''}</h3>"
+        f"<h3><code>{route.method} {readable(route.path)}</code>"
+        f" <small>{', '.join(route.scopes) or 'public'}</small></h3>"
         f"<p>{html.escape(inspect.getdoc(getattr(Service, route.handler)) or '')}</p>"
         for route in ROUTES
     )
@@ -4851,20 +5494,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
 PR_SET_DUMPABLE = 4  # prctl(2)
 M_ARENA_MAX = -8  # mallopt(3)
 SWITCH_S = 0.0005  # a thread that computes makes way for one that answers; 0.005 is Python's own
-DefaultsShown = argparse.ArgumentDefaultsHelpFormatter
 NOT_OPENED = "kirosync: the state directory {} cannot be opened: {}"
-
-
-def token_of(directory: Path) -> str:
-    """Return the token from KIROSYNC_TOKEN, else from the state directory, where it is made once."""
-    if token := os.environ.get("KIROSYNC_TOKEN"):
-        return token
-    path = directory / "token"
-    if not path.exists():
-        file = File(str(path), str(directory / ".token"))
-        set_aside({file: [secrets.token_urlsafe(32).encode() + b"\n"]})
-        put_in_place([file])
-    return path.read_text().strip() or sys.exit(f"kirosync: {path} is empty; remove it, and a new one is made")
 
 
 def listen(service: Service, threads: int) -> Any:
@@ -4907,14 +5537,22 @@ def settle_in() -> None:
 def serve(arguments: argparse.Namespace) -> None:
     settle_in()
     state = Path(arguments.state).absolute()
+    keyring = Keyring(state, os.environ.get("KIROSYNC_TOKEN", ""))
     try:
-        token = token_of(state)
+        keyring.make()
     except OSError as error:
         sys.exit(NOT_OPENED.format(state, error))
+    if not keyring.known():
+        sys.exit(f"kirosync: {state / 'token'} is empty; remove it, and a new one is made")
     limits = {"threads": arguments.threads, "execute_s": arguments.execute_timeout}
-    service = Service(None, token, arguments.host, arguments.port, **limits)
+    service = Service(None, keyring, arguments.host, arguments.port, **limits)
     server = listen(service, arguments.threads)
     service.port = int(server.effective_port)
+    held = hold_service(state, f"http://{service.host}:{service.port}")
+    if held is None:
+        sys.exit(
+            f"kirosync: {state} is served already, by process {who_serves(state)}; there can be one service for it"
+        )
     failed: list[Exception] = []
 
     def stop(*_: Any) -> None:
@@ -4977,7 +5615,8 @@ def backup(arguments: argparse.Namespace) -> int:
 def restore(arguments: argparse.Namespace) -> int:
     with contextlib.ExitStack() as closing:
         file = sys.stdin.buffer if arguments.file == "-" else closing.enter_context(open(arguments.file, "rb"))
-        store = Store(Path(arguments.state), kinds=("commands",))
+        act_as_owner(Path(arguments.state))
+        store = Store(Path(arguments.state), kinds=("commands",), by=console())
         closing.callback(store.close)
         restoration = Restoration(store)
         restoration.take(file)
@@ -5171,7 +5810,7 @@ def examine(case: Case) -> Iterator[Finding]:
 
 def doctor(arguments: argparse.Namespace) -> int:
     state = Path(arguments.state).absolute()
-    case = Case(state, Path(arguments.log or state / "log"), arguments.host, arguments.port, arguments.proxy)
+    case = Case(state, Path(arguments.log or state / "log"), arguments.host, arguments.port, arguments.trusted_proxy)
     findings = [*examine(case)]
     if arguments.json:
         print(msgspec.json.format(msgspec.json.encode([each._asdict() for each in findings]), indent=2).decode())
@@ -5194,10 +5833,99 @@ def care(work: Callable[[argparse.Namespace], int], failed: int = 1) -> Callable
         try:
             sys.exit(work(arguments))
         except (Refusal, OSError) as error:
-            tell(f"{arguments.name}: {error}")
+            tell(f"{work.__name__}: {error}")
             sys.exit(failed)
 
     return run
+
+
+def add_token(arguments: argparse.Namespace) -> None:
+    """Make a token, and print it: this once, for only its sha256 is kept."""
+    secret, now = new_secret(), time.time_ns() // 1_000_000
+    token: Record = {"scope": arguments.scope, "sha256": digest(secret.encode()), "createdAt": now}
+    token |= {"expiresAt": now + round(arguments.expires * 1000)} if arguments.expires else {}
+
+    def add(pen: Pen) -> None:
+        known = pen.store.tokens()
+        if arguments.name in known or arguments.name == MASTER:
+            raise Conflict(f"there is a token {arguments.name!r} already; revoke it, or choose another name")
+        if len(known) >= TOKENS:
+            raise TooLarge(f"there are {TOKENS} tokens already, which is as many as can be")
+        pen.entitle(arguments.name, token)
+
+    with opened(arguments.state) as store:
+        store.change(add)
+    print(secret)
+    print(f"the token {arguments.name!r} has the scope {arguments.scope}; it is not shown again", file=sys.stderr)
+
+
+def revoke_token(arguments: argparse.Namespace) -> None:
+    def revoke(pen: Pen) -> None:
+        if arguments.name not in pen.store.tokens():
+            raise NotFound(f"there is no token {arguments.name!r}; those there are: {', '.join(pen.store.tokens())}")
+        pen.entitle(arguments.name, None)
+
+    with opened(arguments.state) as store:
+        store.change(revoke)
+
+
+def list_tokens(arguments: argparse.Namespace) -> None:
+    """Print the tokens: their names and scopes, and when they were made, expire, and were last used."""
+    state = Path(arguments.state)
+    used, tokens = used_in(state), tokens_in(state)
+    rows = {name: {**without(token, "sha256"), "lastUsed": used.get(name)} for name, token in tokens.items()}
+    if MASTER in used or (state / "token").exists():
+        rows[MASTER] = {"scope": "admin", "lastUsed": used.get(MASTER)}
+    if arguments.json:
+        return print(msgspec.json.format(msgspec.json.encode(rows), indent=2).decode())
+    for name, row in rows.items():
+        expires = f"expires {iso(row['expiresAt'])}" if "expiresAt" in row else "does not expire"
+        last = (
+            f"last used {iso(row['lastUsed']['at'])} from {row['lastUsed']['from']}"
+            if row["lastUsed"]
+            else "never used"
+        )
+        print(f"{name:20} {row['scope']:7} {expires}, {last}")
+
+
+@contextlib.contextmanager
+def opened(state: str) -> Iterator[Store]:
+    """Give the store of *state*, for what is no record; who is refused is told so in one line."""
+    act_as_owner(Path(state))
+    try:
+        store = Store(Path(state), kinds=(), by=console())
+        try:
+            yield store
+        finally:
+            store.close()
+    except (Refusal, OSError) as error:
+        sys.exit(f"kirosync: {error}")
+
+
+def console() -> str:
+    """Return what the journal says of who sits at this machine."""
+    return f"{getpass.getuser()}@console"
+
+
+def act_as_owner(state: Path) -> None:
+    """Let root be who owns the state directory, so that what is written there can be read by the service."""
+    if os.geteuid() == 0 and state.exists() and (owner := os.stat(state)).st_uid:
+        os.setgroups([])
+        os.setresgid(owner.st_gid, owner.st_gid, owner.st_gid)
+        os.setresuid(owner.st_uid, owner.st_uid, owner.st_uid)
+
+
+def token_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not 1 to 64 of A-Z a-z 0-9 . _ -")
+    return text
+
+
+def duration(text: str) -> float:
+    try:
+        return seconds_in(text)
+    except Malformed as problem:
+        raise argparse.ArgumentTypeError(str(problem)) from None
 
 
 def port_number(text: str) -> int:
@@ -5212,66 +5940,97 @@ def positive_seconds(text: str) -> float:
     return float(text)
 
 
-def main() -> None:
+class Option(NamedTuple):
+    """An argument of a command, as argparse takes it. A setting has a *default*, and an environment variable for it."""
+
+    name: str
+    help: str
+    default: str | None = None
+    more: Record = {}  # noqa: RUF012
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        variable = "KIROSYNC" + self.name[1:].replace("-", "_").upper()
+        said = {"default": os.environ.get(variable, self.default), "help": f"{self.help} ({variable})"}
+        parser.add_argument(self.name, **(said if self.default is not None else {"help": self.help}), **self.more)
+
+
+class Subcommand(NamedTuple):
+    """What kirosync.py can be told to do: the words, what is run, what that is, and what it takes beside --state."""
+
+    words: str
+    run: Callable[[argparse.Namespace], None]
+    what: str
+    options: tuple[Option, ...] = ()
+
+
+STATE = Option("--state", "directory", str(Path(__file__).absolute().with_name("state")))
+JSON = Option("--json", "as JSON", more={"action": "store_true"})
+ADDRESS = (Option("--host", "address", "127.0.0.1"), Option("--port", "port", "3001", {"type": port_number}))
+SUBCOMMANDS = (
+    Subcommand(
+        *("serve", serve, "run the service"),
+        (
+            *ADDRESS,
+            Option("--execute-timeout", "for what an IDE executes", f"{EXECUTE_S:.0f}", {"type": positive_seconds}),
+            Option("--threads", "requests at once; a held one counts", f"{THREADS}", {"type": int}),
+        ),
+    ),
+    Subcommand(
+        *("token add", add_token, "make a token, and print it this once"),
+        (
+            Option("name", "whose it is", more={"type": token_name}),
+            Option("--scope", "what it may", more={"choices": get_args(Scope), "required": True}),
+            Option("--expires", "after which it is not valid: 90d, 12h", more={"type": duration, "metavar": "TIME"}),
+        ),
+    ),
+    Subcommand("token list", list_tokens, "show the tokens, and when each was last used", (JSON,)),
+    Subcommand("token revoke", revoke_token, "turn away who has a token, at once", (Option("name", "whose it was"),)),
+    Subcommand(
+        *("backup", care(backup), "write all of the state, as it is at one moment, into FILE, while others go on"),
+        (Option("file", "a .tar.gz; - is stdout", more={"metavar": "FILE"}),),
+    ),
+    Subcommand(
+        *(
+            "restore",
+            care(restore),
+            "put a backup in the place of the state, while others go on; what was there is kept",
+        ),
+        (Option("file", "what backup has written; - is stdin", more={"metavar": "FILE"}),),
+    ),
+    Subcommand(
+        *("fsck", care(fsck, failed=2), "look for what is wrong in the state directory; the exit code is then 1"),
+        (Option("--repair", "and set it right; nothing is deleted", more={"action": "store_true"}), JSON),
+    ),
+    Subcommand(
+        *("doctor", care(doctor), "look for what is wrong around the state directory; the exit code is then 1"),
+        (
+            *ADDRESS,
+            Option("--trusted-proxy", "the address of the proxy in front of the service", ""),
+            Option("--log", "the folder of its logs, if not the log/ of the state", ""),
+            JSON,
+        ),
+    ),
+)
+
+
+def parser_of(subcommands: Iterable[Subcommand]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kirosync.py", description="One queue and one shared memory.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    add_serve(commands)
-    add_care(commands)
-    arguments = parser.parse_args()
+    groups = {"": parser.add_subparsers(required=True, metavar="COMMAND")}
+    for subcommand in subcommands:
+        group, _, word = subcommand.words.rpartition(" ")
+        if group not in groups:
+            groups[group] = groups[""].add_parser(group).add_subparsers(required=True, metavar="COMMAND")
+        shown = argparse.ArgumentDefaultsHelpFormatter
+        added = groups[group].add_parser(word, help=subcommand.what, description=subcommand.what, formatter_class=shown)
+        for option in (STATE, *subcommand.options):
+            option.add_to(added)
+        added.set_defaults(run=subcommand.run)
+    return parser
+
+
+def main() -> None:
+    arguments = parser_of(SUBCOMMANDS).parse_args()
     arguments.run(arguments)
-
-
-def add_command(commands: Any, name: str, purpose: str, run: Callable[[argparse.Namespace], None]) -> Any:
-    """Return the parser of a new command, which has the option that all of them have."""
-    command = commands.add_parser(
-        name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.", formatter_class=DefaultsShown
-    )
-    beside = Path(__file__).absolute().with_name("state")
-    default = os.environ.get("KIROSYNC_STATE", str(beside))
-    command.add_argument("--state", default=default, help="directory (KIROSYNC_STATE)")
-    command.set_defaults(run=run, name=name)
-    return command
-
-
-def add_address(command: Any) -> None:
-    environ = os.environ.get
-    command.add_argument("--host", default=environ("KIROSYNC_HOST", "127.0.0.1"), help="address (KIROSYNC_HOST)")
-    port = environ("KIROSYNC_PORT", "3001")
-    command.add_argument("--port", type=port_number, default=port, help="port (KIROSYNC_PORT)")
-
-
-def add_serve(commands: Any) -> None:
-    command = add_command(commands, "serve", "run the service", serve)
-    add_address(command)
-    command.add_argument(
-        "--execute-timeout",
-        type=positive_seconds,
-        default=os.environ.get("KIROSYNC_EXECUTE_TIMEOUT", f"{EXECUTE_S:.0f}"),
-        metavar="S",
-        help="for what an IDE executes (KIROSYNC_EXECUTE_TIMEOUT)",
-    )
-    command.add_argument("--threads", type=int, default=THREADS, help="requests at once; a held one counts")
-
-
-def add_care(commands: Any) -> None:
-    environ = os.environ.get
-    purpose = "write all of the state, as it is at one moment, into FILE, while others go on"
-    command = add_command(commands, "backup", purpose, care(backup))
-    command.add_argument("file", metavar="FILE", help="a .tar.gz; - is stdout")
-    purpose = "put a backup in the place of the state, while others go on; what was there is kept"
-    command = add_command(commands, "restore", purpose, care(restore))
-    command.add_argument("file", metavar="FILE", help="what backup has written; - is stdin")
-    purpose = "look for what is wrong in the state directory; the exit code is 1 if anything is, 2 if it cannot look"
-    command = add_command(commands, "fsck", purpose, care(fsck, failed=2))
-    command.add_argument("--repair", action="store_true", help="and set it right; nothing is deleted")
-    command.add_argument(
-        "--json", action="store_true", help="for programs: {found, left}, each of {path, problem, repair}"
-    )
-    purpose = "look for what is wrong around the state directory; the exit code is 1 if anything is bad"
-    command = add_command(commands, "doctor", purpose, care(doctor))
-    add_address(command)
-    command.add_argument("--json", action="store_true", help="for programs: [{level, sentence, remedy}]")
-    command.set_defaults(proxy=environ("KIROSYNC_TRUSTED_PROXY", ""), log=environ("KIROSYNC_LOG", ""))
 
 
 if __name__ == "__main__":

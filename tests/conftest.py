@@ -119,7 +119,7 @@ def store(state, clock):
 @pytest.fixture
 def client(store):
     """The service in this process, asked as the rightful user."""
-    app = webtest.TestApp(kirosync.Service(store, TOKEN).app)
+    app = webtest.TestApp(kirosync.Service(store, kirosync.Keyring(store.directory, TOKEN)).app)
     app.authorization = ("Bearer", TOKEN)
     return app
 

@@ -169,7 +169,7 @@ def restore(state, file):
 
 
 def stop_while_backing_up(directory):
-    """Stop a backup at every call: the state is as it was, the file is there whole or not, and the next one clears up."""
+    """Stop a backup at every call: the state is as it was, the file whole or not there; the next one clears up."""
     template = directory / "template"
     prepare(template)
     before = contents(template)

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Process, Server, until
+from conftest import ROOT, Clock, Process, Server, until
 
 import kirosync
 
@@ -552,8 +552,9 @@ DAMAGE = {
 
 
 @pytest.fixture
-def lived(store, state):
+def lived(state):
     """A state in which everything is that is usual."""
+    store = kirosync.Store(state, clock=Clock(1_700_000_000_000))
     push(store, conversations={"c": [HI]}, documents={"d": document("1"), "gone": document("1")})
     push(store, documents={"d": document("2", 2)}, conversations={"c": [{**HI, "timestamp": 3}]})
     for identity in ("k", "old", "removed"):
@@ -618,7 +619,7 @@ def test_what_lies_in_quarantine_is_told_with_the_reason_and_is_no_fault(lived):
     spoil("documents/a b.json", "{}")(lived)
     fsck(lived, "--repair")
     code, said = fsck(lived)
-    assert code == 0
+    assert code == 0, said
     assert [flaw["problem"] for flaw in said["found"]] == ["lies here: is nothing that kirosync writes"]
 
 
@@ -723,7 +724,7 @@ def test_where_all_is_well_the_doctor_finds_nothing_bad(agent, state):
 
 def test_the_doctor_works_where_there_is_no_state(tmp_path):
     code, said = examined("--state", tmp_path / "no" / "where", "--port", "1")
-    assert code == 0
+    assert code == 0, said
     assert f"there is no directory {tmp_path}/no/where" in said["warn"]
     assert not [*tmp_path.iterdir()]
     (tmp_path / "file").write_text("")
@@ -812,7 +813,7 @@ def test_something_else_that_answers_there_is_no_service_of_ours(lived):
     code, said = examined("--state", lived, "--port", str(listener.getsockname()[1]))
     thread.join()
     listener.close()
-    assert code == 0
+    assert code == 0, said
     assert any("no service answers" in sentence for sentence in said["warn"])
 
 
