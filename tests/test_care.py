@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Clock, Process, Server, until
+from conftest import ADMIN, ROOT, Clock, Process, Server, until
 
 import kirosync
 
@@ -53,7 +53,7 @@ def fsck(state, *options):
 
 
 def push(store, **records):
-    return store.change(lambda pen: kirosync.take_push(pen, records))
+    return store.change(lambda pen: kirosync.take_push(pen, records, ADMIN))
 
 
 def document(content, timestamp=1):
