@@ -20,6 +20,8 @@ The directory is the database. Each conversation, document and command is one JS
     state/told.json                 of which ended commands someone has been told
     state/journal.jsonl             a line a change: revision, at, lastUpdate, kind, id, op, crc
     state/.lock                     held by whoever is changing something
+    state/before-restore-TIME/      what was there before a backup was restored, until someone removes it
+    state/.snapshot.* .restore.*    a backup, or a restore, under way; who does it holds the folder's lock
 
 NAME is the id, with every byte outside A-Z a-z 0-9 . _ - percent-encoded, and a leading dot too.
 
@@ -29,6 +31,9 @@ where one file too many does no harm), after it whoever next takes the lock comp
 So a reader never sees half a record, what was acknowledged is durable, and every change has a
 number, the revision, that grows by one over the whole directory. What a change costs is what it changes: a file
 is written whole, but of a conversation only the new messages are encoded, the rest is copied from the file before.
+
+A backup is a folder of links, made under the lock and packed without it. A restore is unpacked and checked beside the
+state; its point of no return is the journal too, which is replaced by one whose last epoch has the name of the folder.
 
 The sections, each of which uses only what stands above it, and the one rule of each:
 

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -172,6 +173,39 @@ def test_what_was_just_done_by_hand_is_in_the_backup_as_what_it_became(store, st
     }
     assert found == {"d": "by hand", "new": "new"}
     assert [name for name in names_in(file) if name.startswith("quarantine/documents.e.")]
+
+
+def test_a_store_that_is_opened_beside_a_backup_leaves_it_alone_and_removes_one_that_was_left(store, state, clock):
+    push(store, documents={"d": document("x")})
+    (state / ".snapshot.left").mkdir()
+    (state / ".restore.left").mkdir()
+    with kirosync.Snapshot(state) as snapshot:
+        kirosync.Store(state, clock=clock).close()
+        assert (snapshot.folder / "documents" / "d.json").exists()
+    assert not [*state.glob(".snapshot*"), *state.glob(".restore*")]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another")
+def test_what_root_does_to_the_state_of_another_user_can_be_read_by_that_user():
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        state = Path(folder, "state")
+        store = kirosync.Store(state)
+        push(store, documents={"d": document("x"), "e": document("y")})
+        queue(store, "k")
+        store.close()
+        for path in [state, *state.rglob("*")]:
+            os.chown(path, 12345, 12345)
+        (state / "documents" / "d.json").write_text('{"content": "by hand"}')
+        file = backed_up(state)
+        (state / "notes.txt").write_text("mine")
+        os.chown(state / "notes.txt", 12345, 12345)
+        os.chown(state / "documents" / "e.json", 0, 0)
+        (state / "documents" / "d.json").unlink()
+        assert fsck(state, "--repair")[0] == 0
+        restored(state, file)
+        assert fsck(state)[0] == 0
+        assert {path.stat().st_uid for path in [state, *state.rglob("*")]} == {12345}
 
 
 def test_a_backup_of_nothing_is_refused(tmp_path):
