@@ -6323,7 +6323,9 @@ def opened(state: str) -> Iterator[Store]:
 
 def console() -> str:
     """Return what the journal says of who sits at this machine."""
-    return f"{getpass.getuser()}@console"
+    with contextlib.suppress(KeyError):  # a user without a name, as in a container
+        return f"{getpass.getuser()}@console"
+    return f"{os.getuid()}@console"
 
 
 def act_as_owner(state: Path) -> None:

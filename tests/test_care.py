@@ -197,6 +197,8 @@ def test_what_root_does_to_the_state_of_another_user_can_be_read_by_that_user():
         for path in [state, *state.rglob("*")]:
             os.chown(path, 12345, 12345)
         (state / "documents" / "d.json").write_text('{"content": "by hand"}')
+        kirosync.settle(state)
+        assert {path.stat().st_uid for path in [state, *state.rglob("*")]} == {12345}
         file = backed_up(state)
         (state / "notes.txt").write_text("mine")
         os.chown(state / "notes.txt", 12345, 12345)
@@ -206,6 +208,12 @@ def test_what_root_does_to_the_state_of_another_user_can_be_read_by_that_user():
         restored(state, file)
         assert fsck(state)[0] == 0
         assert {path.stat().st_uid for path in [state, *state.rglob("*")]} == {12345}
+
+
+def test_a_backup_waits_for_who_is_changing_something(store, state, monkeypatch):
+    monkeypatch.setattr(kirosync, "LOCK_S", 0.05)
+    with store._lock.held(), pytest.raises(kirosync.Busy, match="has held"), kirosync.Snapshot(state):
+        pass
 
 
 def test_a_backup_of_nothing_is_refused(tmp_path):
