@@ -589,6 +589,14 @@ DAMAGE = {
         "has the revision",
         with_journal(lambda raw: raw + raw.splitlines(keepends=True)[1]),
     ),
+    "no journal, and a tombstone beside its record": (
+        "journal.jsonl",
+        "is missing",
+        lambda state: (
+            (state / "deleted/documents/d.json").write_bytes((state / "documents/d.json").read_bytes()),
+            (state / "journal.jsonl").unlink(),
+        ),
+    ),
     "no journal": ("journal.jsonl", "is missing", lambda state: (state / "journal.jsonl").unlink()),
 }
 
