@@ -20,6 +20,8 @@ The directory is the database. Each conversation, document and command is one JS
     state/told.json                 of which ended commands someone has been told
     state/journal.jsonl             a line a change: revision, at, lastUpdate, kind, id, op, crc
     state/.lock                     held by whoever is changing something
+    state/before-restore-TIME/      what was there before a backup was restored, until someone removes it
+    state/.snapshot.* .restore.*    a backup, or a restore, under way; who does it holds the folder's lock
 
 NAME is the id, with every byte outside A-Z a-z 0-9 . _ - percent-encoded, and a leading dot too.
 
@@ -29,6 +31,9 @@ where one file too many does no harm), after it whoever next takes the lock comp
 So a reader never sees half a record, what was acknowledged is durable, and every change has a
 number, the revision, that grows by one over the whole directory. What a change costs is what it changes: a file
 is written whole, but of a conversation only the new messages are encoded, the rest is copied from the file before.
+
+A backup is a folder of links, made under the lock and packed without it. A restore is unpacked and checked beside the
+state; its point of no return is the journal too, which is replaced by one whose last epoch has the name of the folder.
 
 The sections, each of which uses only what stands above it, and the one rule of each:
 
@@ -54,10 +59,12 @@ import datetime
 import errno
 import gc
 import getpass
+import gzip
 import hashlib
 import hmac
 import html
 import http.client
+import importlib.metadata
 import inspect
 import ipaddress
 import itertools
@@ -77,8 +84,10 @@ import signal
 import stat
 import struct
 import sys
+import tarfile
 import threading
 import time
+import tomllib
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -87,7 +96,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict, TypeVar, get_args, get_origin
+from typing import IO, Annotated, Any, Literal, NamedTuple, Required, TypedDict, TypeVar, get_args, get_origin
 
 import bottle
 import filelock
@@ -287,6 +296,13 @@ NOTIFY_AFTER_S = 60.0  # of running, after which the end is worth telling, unles
 TEND_S = 60.0  # between looks for what has become too long or too old
 SWEEP_S = 1.0  # between looks for commands that are overdue
 SLACK_LINES = 1000  # a journal is compacted when it is twice its records and this long
+SNAPSHOTS = 5  # tried, one after the other, where files are being edited by hand
+GZIP_LEVEL = 6  # of a backup: the next ones take twice as long, and save a hundredth
+HEADER_BYTES = 1 << 20  # read of a backup for one file's name: ours take some thousand
+SCARCE_BYTES = 1 << 30  # free on the disk: fewer are soon none
+SCARCE_FILES = 10_000  # that the disk has room for: likewise
+SKEW_MS = 2000  # that clocks differ by without harm
+ANSWER_S = 3.0  # the doctor waits for a service to answer
 EPOCHS = 256  # starts of a service that cursors are remembered for
 GZIP_BYTES = 1024  # smaller answers gain nothing
 SPOOLED_BYTES = 1 << 40  # of an answer are set aside on disk for a slow reader, rather than that a thread waits for it
@@ -1147,6 +1163,146 @@ def fitting(question: Record, said: Record) -> str:
     return value
 
 
+# What happens to a command while it is executed, without the claim becoming another.
+MEANWHILE = ("updatedAt", "leaseUntil", "cancelRequested", "inputSize", "inputClosed")
+RESTORED = {  # how a command that was open in a backup ends, and why
+    "pending": (
+        "expired",
+        "restored from a backup: it may have been executed since that was taken; queue it again if not",
+    ),
+    "processing": ("lost", "restored from a backup: it was running when that was taken; how it ended is unknown"),
+}
+
+
+def restored(command: Record, present: Record | None, now: int) -> Record:
+    """Return the *command* of a backup as it is once that is restored; *present* is what it is before that.
+
+    One that was open may have been executed since, and ends; unless it is as it was, or still in the same execution.
+
+    >>> restored({"id": "c", "status": "pending", "createdAt": 1}, None, now=9)["outcome"]
+    'expired'
+    """
+    if command["status"] in ENDED:
+        return command
+    if present and without(present, *MEANWHILE) == without(command, *MEANWHILE):
+        return present
+    outcome, error = RESTORED[command["status"]]
+    return fail(command, outcome, error, now)
+
+
+class Finding(NamedTuple):
+    """What the doctor has to say: ``level`` is ok, warn or bad; what to do about it, if it is not ok."""
+
+    level: str
+    sentence: str
+    remedy: str = ""
+
+
+def judge_space(free: int, files: int | None) -> Finding:
+    """Judge by how many bytes are *free* on a disk, and for how many *files* there is room, None if for any number.
+
+    >>> judge_space(0, None).level
+    'bad'
+    """
+    said = f"{free >> 20} MiB are free" + ("" if files is None else f", and room for {files} files")
+    room = float("inf") if files is None else files
+    if free < RESERVE_BYTES or room < SCARCE_FILES // 100:
+        return Finding("bad", said, "make space: archive/, history/, quarantine/ and before-restore-* may be emptied")
+    if free < SCARCE_BYTES or room < SCARCE_FILES:
+        return Finding("warn", said, "make space soon: commands stop being written down when there is none")
+    return Finding("ok", said)
+
+
+def judge_clock(now: float, then: float, what: str) -> Finding:
+    """Judge the clock, which says *now* (ms), by the moment *then* of *what* has been already.
+
+    >>> judge_clock(1, 600_001, "the last change").sentence
+    'the clock is 600 s behind the last change'
+    """
+    behind = then - now
+    if behind <= SKEW_MS:
+        return Finding("ok", f"the clock is not behind {what}")
+    level = "bad" if behind > AHEAD_MS else "warn"
+    return Finding(level, f"the clock is {behind / 1000:.0f} s behind {what}", "set it: timedatectl set-ntp true")
+
+
+# File systems that are elsewhere, or another program's: their locks and renames are only as good as that.
+DISTANT = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "gluster", "lustre", "ocfs", "gfs", "virtiofs", "fuse", "vbox")
+
+
+def judge_file_system(kind: str) -> Finding:
+    """Judge whether the locks of a file system of this *kind* can be relied upon.
+
+    >>> judge_file_system("nfs4").level, judge_file_system("ext4").level
+    ('bad', 'ok')
+    """
+    if kind.startswith(DISTANT):
+        level = "warn" if kind.startswith("fuse") else "bad"
+        return Finding(level, f"the file system is {kind}, which is not local", "move the state to a local disk")
+    return Finding("ok", f"the file system is {kind}")
+
+
+def judge_package(wanted: str, found: str | None) -> Finding:
+    """Judge the version *found* of what is *wanted*, as "name>=version".
+
+    >>> judge_package("filelock>=3.30", "3.9").level
+    'bad'
+    """
+    name, _, least = wanted.partition(">=")
+    if found is None:
+        return Finding("bad", f"{name} is not there", f"pip install '{wanted}'")
+    if numbers_in(found) < numbers_in(least):
+        return Finding("bad", f"{name} is {found}, older than {least}", f"pip install '{wanted}'")
+    return Finding("ok", f"{name} is {found}")
+
+
+def numbers_in(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
+
+
+# What lies where in the state directory: each part of it, and the paths of its files.
+KIND, NAME = f"(?P<kind>{'|'.join(KINDS)})", "(?P<name>[^/]+)"
+LAYOUT = {
+    "record": rf"{KIND}/{NAME}\.json",
+    "tombstone": rf"(deleted|archive)/{KIND}/{NAME}\.json",
+    "output": rf"(archive/)?output/{NAME}\.(out|err|in)",
+    "version": rf"history/{KIND}/{NAME}/[0-9]{{16}}-[0-9a-f]{{12}}\.json",
+    "agent": rf"agents/{NAME}\.json",
+    "quarantined": r"quarantine/.+",
+    "token": r"token|tokens\.json",
+    "told": r"told\.json",
+    "used": r"used\.json",
+    "audit": r"audit\.json",
+    "journal": r"journal\.jsonl",
+}
+PATHS = {part: re.compile(pattern, re.DOTALL) for part, pattern in LAYOUT.items()}
+
+
+class Place(NamedTuple):
+    """What a file in the state directory is for; ``kind`` and ``identity`` are of the record that it is about."""
+
+    part: str
+    kind: str
+    identity: str
+
+
+def place_of(path: str) -> Place | None:
+    """Return what the file *path*, within the state directory, is for; None if it is nothing that kirosync writes.
+
+    >>> place_of("documents/a%20b.json")
+    Place(part='record', kind='documents', identity='a b')
+    >>> place_of("documents/a b.json"), place_of("quarantine/../../etc/passwd"), place_of("/token")
+    (None, None, None)
+    """
+    if {"", ".", ".."}.intersection(path.split("/")):
+        return None
+    for part, pattern in PATHS.items():
+        if found := pattern.fullmatch(path):
+            said = {"kind": "commands", "name": "x", **found.groupdict()}
+            return Place(part, said["kind"], urllib.parse.unquote(said["name"])) if is_name(said["name"]) else None
+    return None
+
+
 # ---------------------------------------------------------------------------------------- Store
 # The only code that touches the state directory.
 
@@ -1163,6 +1319,8 @@ REPLACES: dict[str, tuple[str, ...]] = {
     "touch": ("touch",),
 }
 GRAVES = {"delete": "deleted", "archive": "archive"}  # where the last version of what has gone is
+FOLDERS = [*GRAVES.values(), *(f"{folder}/{kind}" for folder in GRAVES.values() for kind in KINDS), *KINDS]
+FOLDERS += ["agents", "archive/output", "history", "output", "quarantine"]
 
 
 class Line(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -1189,6 +1347,14 @@ class Line(msgspec.Struct, frozen=True, omit_defaults=True):
         """Yield what those may wait for who are to be told of it."""
         yield (self.kind,)
         yield self.kind, self.id
+
+
+def line_of(text: bytes) -> Line:
+    """Return what a line of the journal says; raise ValueError or Malformed."""
+    line = msgspec.json.decode(text, type=Line)
+    if line.kind in KINDS:
+        check_id(line.id)
+    return line
 
 
 class Whole(NamedTuple):
@@ -1979,8 +2145,16 @@ def open_aside(file: File) -> int:
     try:
         return os.open(file.aside, flags, 0o600)
     except FileNotFoundError:
-        os.makedirs(os.path.dirname(file.aside), mode=0o700, exist_ok=True)
+        make_folder(os.path.dirname(file.aside))
         return os.open(file.aside, flags, 0o600)
+
+
+def make_folder(path: str) -> None:
+    """Make the folder *path*, and those around it, for its owner alone: os.makedirs opens those around it to all."""
+    if not os.path.isdir(path):
+        make_folder(os.path.dirname(path))
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, mode=0o700)
 
 
 def put_in_place(files: Iterable[File]) -> None:
@@ -1992,7 +2166,7 @@ def put_in_place(files: Iterable[File]) -> None:
         try:
             os.rename(file.aside, file.path)
         except FileNotFoundError:
-            os.makedirs(os.path.dirname(file.path), mode=0o700, exist_ok=True)
+            make_folder(os.path.dirname(file.path))
             os.rename(file.aside, file.path)
     sync_folders(file.path for file in files)
 
@@ -2006,7 +2180,7 @@ def clear_away(files: dict[str, str]) -> None:
     """Move each of *files* to its place, or remove it if that is ""; again, it does no harm."""
     for path, place in files.items():
         if place and os.path.exists(path):
-            os.makedirs(os.path.dirname(place), mode=0o700, exist_ok=True)
+            make_folder(os.path.dirname(place))
             shutil.move(path, place)  # which may be on another disk
         elif not place:
             with contextlib.suppress(FileNotFoundError):
@@ -2060,8 +2234,7 @@ class Journal:
             os.ftruncate(self.fd, start + whole)
         for text in raw[:whole].splitlines():
             try:
-                line = msgspec.json.decode(text, type=Line)
-                lines += [line] if line.kind not in KINDS or check_id(line.id) else []
+                lines.append(line_of(text))
             except (ValueError, Malformed) as error:
                 log.warning("a line of the journal cannot be read and is passed over: %s", error)
         self.lines += len(lines)
@@ -2120,8 +2293,93 @@ class Journal:
         self.fd = -1
 
 
+def read_journal(raw: bytes) -> tuple[list[Line], list[str]]:
+    """Return the lines of a journal, and what is wrong with it."""
+    lines: list[Line] = []
+    flaws, head = [], 0
+    for number, text in enumerate(raw.split(b"\n")[:-1], 1):
+        try:
+            line = line_of(text)
+            flaw = flaw_of_line(line, head)
+            flaws += [f"line {number} {flaw}"] if flaw else []
+            head = max(head, 0 if line.op == "open" else line.revision)
+            lines.append(line)
+        except (ValueError, Malformed) as error:
+            flaws.append(f"line {number} cannot be read: {error}")
+    return lines, flaws if raw.endswith(b"\n") or not raw else [*flaws, "its last line is torn"]
+
+
+def flaw_of_line(line: Line, head: int) -> str:
+    """Return what is wrong with a *line* of the journal that comes after revision *head*; "" if nothing is."""
+    if not 0 <= line.revision <= LAST_REVISION:
+        return f"has the revision {line.revision}, which none can be"
+    going = line.op == "open" or line.revision > head
+    return "" if going else f"has the revision {line.revision}, after {head}"
+
+
+def standing_of(lines: Iterable[Line]) -> dict[tuple[str, str, str], Line]:
+    """Return the lines that still stand, by (kind, id, op); see REPLACES."""
+    standing: dict[tuple[str, str, str], Line] = {}
+    for line in lines:
+        for op in REPLACES.get(line.op, (line.op,)):
+            standing.pop((line.kind, line.id, op), None)
+        standing[line.kind, line.id, line.op] = line
+    return standing
+
+
+class Lock:
+    """The lock that processes share. Threads take turns before they come here.
+
+    Its file is never removed; where someone does, by hand, others lock the one that has come since, and so do we.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.fd = path, self._open(path)
+
+    @staticmethod
+    def _open(path: Path) -> int:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def is_current(self) -> bool:
+        """Return whether what is held open is what the lock's name stands for."""
+        try:
+            return os.path.samestat(os.fstat(self.fd), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold it; raise Busy if another process does for too long."""
+        until = time.monotonic() + LOCK_S
+        while not (filelock.lock_descriptor(self.fd, blocking=False) and self.is_current()):
+            if not self.is_current():
+                os.close(self.fd)
+                self.fd = self._open(self.path)
+            elif time.monotonic() > until:
+                raise Busy(f"another process has held {self.path} for {LOCK_S:.0f} s; try again")
+            else:
+                time.sleep(LOCK_POLL_S)
+        try:
+            yield
+        finally:
+            filelock.unlock_descriptor(self.fd)
+
+    def close(self) -> None:
+        os.close(self.fd)
+        self.fd = -1
+
+
 def nothing(pen: Pen) -> None:
     """The rule that changes nothing; to run it is to take in what others did."""
+
+
+def give_reason(place: Path, reason: str) -> None:
+    """Say beside *place*, in quarantine, why what is there is."""
+    fd = os.open(f"{place}.reason", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        write_all(fd, f"{reason}\n".encode(errors="replace"))
+    finally:
+        os.close(fd)
 
 
 BY: contextvars.ContextVar[str] = contextvars.ContextVar("BY", default="")  # who wants what this thread changes
@@ -2169,7 +2427,7 @@ class Store:
         self._sound = False  # else the directory is to be read anew
         self.trouble = ""  # why the last write failed, until one succeeds
         self._make_folders()
-        self._lock = self._open_lock()
+        self._lock = Lock(self.directory / ".lock")
         self._journal = Journal(self.directory / "journal.jsonl")
         try:
             self.change(nothing)
@@ -2434,7 +2692,7 @@ class Store:
         try:
             if self._together > 1:
                 time.sleep(GATHER_S)  # those just served are about to ask again
-            with self._locked():
+            with self._lock.held():
                 waiting = self._take_queue()
                 self._commit(waiting)
         except BaseException as error:  # whatever it was, nobody is to be told that all is well
@@ -2472,33 +2730,6 @@ class Store:
             self._next = self._queue[0]
             self._next.bell.release()
         self._queued.notify_all()
-
-    def _open_lock(self) -> int:
-        return os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-
-    def _is_the_lock(self) -> bool:
-        """Return whether what we hold open is what the lock's name stands for."""
-        try:
-            return os.path.samestat(os.fstat(self._lock), os.stat(self.directory / ".lock"))
-        except FileNotFoundError:
-            return False
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Hold the lock that processes share. Threads take turns before they come here."""
-        until = time.monotonic() + LOCK_S
-        while not (filelock.lock_descriptor(self._lock, blocking=False) and self._is_the_lock()):
-            if not self._is_the_lock():  # removed or replaced by hand: others lock the one that has come since
-                os.close(self._lock)
-                self._lock = self._open_lock()
-            elif time.monotonic() > until:
-                raise Busy(f"another process has held {self.directory / '.lock'} for {LOCK_S:.0f} s; try again")
-            else:
-                time.sleep(LOCK_POLL_S)
-        try:
-            yield
-        finally:
-            filelock.unlock_descriptor(self._lock)
 
     def _commit(self, waiting: list[Asked]) -> None:
         """Run each rule, make what they wrote durable together, and give the answers."""
@@ -2696,7 +2927,7 @@ class Store:
         path = self.directory / kind / f"{name}.json"
         place = self.directory / "quarantine" / f"{kind}.{name[: NAME_BYTES // 2]}.{os.lstat(path).st_mtime_ns}"
         place.parent.mkdir(mode=0o700, exist_ok=True)
-        place.with_name(place.name + ".reason").write_text(reason + "\n")
+        give_reason(place, reason)
         if stat.S_ISREG(os.lstat(path).st_mode):
             with contextlib.suppress(FileExistsError):  # there already: what came of it was not made durable
                 os.link(path, place)
@@ -2711,6 +2942,7 @@ class Store:
             return
         anew, self._sound = not (self._sound and self._journal.grown()), False
         if anew:
+            complete_restores(self.directory)
             self._journal.close()
             self._journal = Journal(self._journal.path)
         with self.shown:
@@ -2765,8 +2997,7 @@ class Store:
     def _make_folders(self) -> None:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.chmod(self.directory, 0o700)
-        graves = [f"{folder}/{kind}" for folder in GRAVES.values() for kind in KINDS]
-        for name in (*GRAVES.values(), *graves, "agents", "archive/output", "history", "output", "quarantine", *KINDS):
+        for name in FOLDERS:
             (self.directory / name).mkdir(mode=0o700, exist_ok=True)
 
     def _begin(self, lines: list[Line]) -> None:
@@ -2774,20 +3005,38 @@ class Store:
         self._clear_aside()
         kinds = self.kinds if lines else KINDS  # only from all records can a journal be made again
         strangers = [*self._strangers(kinds), *([] if lines else self._graves())]
-        strangers.sort(key=lambda line: line.revision)
+        numbered = {line.revision: line for line in reversed(strangers)}  # of two with one, not the grave
+        strangers = sorted(numbered.values(), key=lambda line: line.revision)
         for line in strangers:
             self._note(line)
         self.entries = {kind: self.entries[kind] for kind in self.kinds}
         self._suspects = {key: when for key, when in self._suspects.items() if key[0] in self.kinds}
         if not self.kinds and self.epochs:  # it gives out no cursors
             return
-        epoch = Line(self.revision, self.clock(), self.last_update, "journal", secrets.token_hex(6), "open", by=self.by)
-        self._note(epoch)
         try:
-            self._journal.enter([*strangers, epoch])
+            self._journal.enter([*strangers, self._epoch(secrets.token_hex(6), self.revision)])
             sync_folder(self.directory)
         except OSError as error:  # a full disk can still be read, and strangers are met again
             log.warning("the journal cannot be written: %s", error.strerror)
+
+    def _epoch(self, name: str, revision: int) -> Line:
+        """Return the line from which on cursors are of the epoch *name*, and numbers come after *revision*."""
+        line = Line(revision, self.clock(), self.last_update, "journal", name, "open", by=self.by)
+        self._note(line)
+        return line
+
+    def begin_epoch(self, name: str, revision: int) -> None:
+        """Have cursors be of the epoch *name* from now on, and the next number come after *revision*."""
+        self.change(lambda pen: self._journal.enter([self._epoch(name, revision)]))
+        with self.shown:
+            self._mark_head()
+
+    def settle(self) -> None:
+        """Take in all that was done by hand, also what is so new that it may be half done."""
+        self.notice(None)
+        if self._suspects:
+            time.sleep(SETTLE_S * 1.1)
+            self.notice(None)
 
     def _aside(self) -> list[Path]:
         """Return the files that were set aside and are neither renamed nor removed: a writer was stopped."""
@@ -2798,9 +3047,11 @@ class Store:
         """Remove what was set aside and never entered in the journal: it was not acknowledged."""
         history = (self.directory / "history").glob(".*.json") if self.kinds == KINDS else ()
         others = (path for path in self.directory.glob(".*.json*.*") if not os.path.exists(f"/proc/{path.suffix[1:]}"))
-        for path in itertools.chain(self._aside(), history, others):
+        agents = (self.directory / "agents").glob(".*.json")
+        for path in itertools.chain(self._aside(), history, agents, others):
             with passed_over("%s", path):
                 path.unlink(missing_ok=True)
+        remove_deserted(self.directory.glob(f"{SNAPSHOT}*"))
         for file in os.listdir(self.directory / "output") if "commands" in self.kinds else ():
             identity = urllib.parse.unquote(file.rpartition(".")[0])  # its writer did not live to clear this away
             if ("commands", identity, "put") not in self.recent:
@@ -2837,8 +3088,9 @@ class Store:
         for (op, folder), kind in itertools.product(GRAVES.items(), KINDS):
             for file in (self.directory / folder / kind).glob("[!.]*.json"):
                 with contextlib.suppress(ValueError, KeyError, TypeError):
-                    grave = msgspec.json.decode(file.read_bytes())
-                    yield Line(grave["revision"], 0, 0, kind, urllib.parse.unquote(file.stem), op)
+                    revision = msgspec.json.decode(file.read_bytes())["revision"]
+                    if isinstance(revision, int) and 0 < revision <= LAST_REVISION:
+                        yield Line(revision, 0, 0, kind, urllib.parse.unquote(file.stem), op)
 
     def release(self) -> None:
         """Let go of everyone who waits for a change."""
@@ -2850,10 +3102,9 @@ class Store:
         self.release()
         with self._queued:
             self._queued.wait_for(lambda: not self._committing)
-            if self._lock >= 0:
+            if self._lock.fd >= 0:
                 self._journal.close()
-                os.close(self._lock)
-            self._lock = -1
+                self._lock.close()
 
 
 class Entered(msgspec.Struct, frozen=True, omit_defaults=True, rename={"place": "from"}):
@@ -3188,6 +3439,660 @@ def refusal_of(error: OSError) -> Refusal:
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return Busy("too many files are open: nothing was changed; try again")
     return Broken(f"the state directory cannot be written ({error.strerror}): nothing was changed")
+
+
+SNAPSHOT, RESTORE = ".snapshot.", ".restore."  # folders of work under way; who does it holds their lock
+OUTSIDE = re.compile(r"\.lock|\.service|log|before-restore-.*|README\.md|lost\+found|\.(snapshot|restore)\..*")
+
+
+def walk(directory: Path, folder: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Yield all that is in the state *directory* and belongs to the state, or might: its path there, and its entry."""
+    try:
+        entries = [*os.scandir(directory / folder)]
+    except FileNotFoundError:  # it went while we came
+        return
+    for entry in entries:
+        if folder or not OUTSIDE.fullmatch(entry.name):
+            path = f"{folder}{entry.name}"
+            yield path, entry
+            if entry.is_dir(follow_symlinks=folder.count("/") < 2):  # a part may be on another disk
+                yield from walk(directory, f"{path}/")
+
+
+def occupy(folder: Path) -> int:
+    """Make *folder*, and return what holds its lock for as long as its maker lives."""
+    folder.mkdir(mode=0o700)
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    filelock.lock_descriptor(fd)
+    return fd
+
+
+def is_deserted(folder: Path) -> bool:
+    """Return whether the maker of *folder* (see occupy) has gone without removing it."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return filelock.lock_descriptor(fd, blocking=False)
+    finally:
+        os.close(fd)
+
+
+def remove_deserted(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with passed_over("%s", folder):
+            if is_deserted(folder):
+                shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def as_owner(directory: Path) -> Iterator[None]:
+    """Be, if we are root, who owns *directory* for as long: else a service would find files that it cannot read."""
+    owner = os.stat(directory)
+    if os.geteuid() or not owner.st_uid:
+        yield
+        return
+    os.setegid(owner.st_gid)
+    os.seteuid(owner.st_uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(os.getgid())
+
+
+def settle(directory: Path) -> None:
+    """Have a store take in what was done by hand, and complete what a writer did not live to."""
+    with as_owner(directory), contextlib.closing(Store(directory)) as store:
+        store.settle()
+
+
+class Snapshot:
+    """The state as it was at one moment, as a folder of links within the state directory, while others go on.
+
+    Whoever changes a record renames another file into its place, so that a link stays what it was. What is appended to
+    counts up to the size that it had at that moment. ``held`` is for how long (s) others had to wait.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.held = Path(directory).absolute(), 0.0
+        self.folder = self.directory / f"{SNAPSHOT}{secrets.token_hex(6)}"
+        self.sizes: dict[str, int] = {}  # of the files, by their paths
+
+    def __enter__(self) -> Snapshot:
+        if not (self.directory / "journal.jsonl").exists():
+            raise NotFound(f"there is no state in {self.directory}")
+        self.lock, self.fd = Lock(self.directory / ".lock"), -1
+        try:
+            with as_owner(self.directory):
+                self._take()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.fd >= 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            os.close(self.fd)
+        self.lock.close()
+
+    def _take(self) -> None:
+        """Link everything at a moment at which nothing is half done, and every record is as the journal says."""
+        for _ in range(SNAPSHOTS):
+            with self.lock.held():
+                began = time.monotonic()
+                at_rest = self._link()
+                self.held = max(self.held, time.monotonic() - began)
+            if at_rest and not flaws_in(self.folder, self.sizes, self.lines()):
+                return
+            settle(self.directory)
+        raise Busy("files in the state directory are being edited by hand; try again")
+
+    def _link(self) -> bool:
+        """Link what there is; return whether no writer was stopped in the middle of a change."""
+        if self.fd >= 0:
+            shutil.rmtree(self.folder)
+            os.close(self.fd)
+        remove_deserted(self.directory.glob(f"{SNAPSHOT}*"))
+        self.fd, self.sizes, at_rest = occupy(self.folder), {}, True
+        for path, entry in walk(self.directory):
+            if entry.is_dir():
+                os.mkdir(f"{self.folder}/{path}", mode=0o700)
+            elif (place := place_of(path)) and place.part != "audit":  # which is about logs that are not in a backup
+                self.sizes[path] = link_or_copy(entry.path, f"{self.folder}/{path}")
+            elif ASIDE.fullmatch(entry.name):
+                at_rest = False
+        return at_rest
+
+    def lines(self) -> list[Line]:
+        with open(self.folder / "journal.jsonl", "rb") as file:
+            return read_journal(file.read(self.sizes["journal.jsonl"]))[0]
+
+    def pack(self, target: IO[bytes]) -> None:
+        """Write it to *target*, the journal last: what lacks it is not whole."""
+        with (
+            gzip.GzipFile(fileobj=target, mode="wb", compresslevel=GZIP_LEVEL) as packed,
+            tarfile.open(fileobj=packed, mode="w|", format=tarfile.PAX_FORMAT) as tar,
+        ):
+            for path in sorted(self.sizes, key=lambda path: (path == "journal.jsonl", path)):
+                with open(self.folder / path, "rb") as file:
+                    member = tarfile.TarInfo(path)
+                    member.size, member.mode = self.sizes[path], 0o600
+                    member.mtime = int(os.fstat(file.fileno()).st_mtime)
+                    tar.addfile(member, file)
+
+    def save(self, path: Path) -> None:
+        """Write it to the file *path*, which is whole from the moment it is there."""
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            with open(fd, "wb") as file:
+                self.pack(file)
+                file.flush()
+                os.fsync(file.fileno())  # contents before name
+            os.rename(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        sync_folder(path.absolute().parent)
+
+
+# What a writer did not live to rename: a record or a tombstone, and, by folder, what else is written aside.
+ASIDE = re.compile(r"\..*\.json\.[0-9]+")
+ASIDES = {folder: re.compile(r"\..*\.json") for folder in ("history", "agents")}
+ASIDES[""] = re.compile(r"\..*\.jsonl?\.[0-9]+")
+
+
+def link_or_copy(path: str, place: str) -> int:
+    """Have the file *path* also at *place*, and return its size."""
+    try:
+        os.link(path, place)
+    except OSError:  # it is on another disk, or another user's
+        shutil.copyfile(path, place)
+    return os.stat(place).st_size
+
+
+def flaws_in(directory: Path, paths: Iterable[str], lines: Iterable[Line]) -> dict[str, str]:
+    """Return what is wrong, by path, with the records among *paths*, and with those that *lines* tell of."""
+    standing = {place[:2]: line for place, line in standing_of(lines).items() if place[2] == "put"}
+    records = {place[1:]: path for path in paths if (place := place_of(path)) and place.part == "record"}
+    records |= {key: f"{key[0]}/{name_of(key[1])}.json" for key in standing}
+    flaws = {path: flaw_of(f"{directory}/{path}", standing.get(key)) for key, path in records.items()}
+    return {path: flaw for path, flaw in flaws.items() if flaw}
+
+
+def flaw_of(path: str, line: Line | None) -> str:
+    """Return what is wrong with the file of a record that *line* of the journal is about; "" if nothing is."""
+    if line and read_own(line, path):
+        return ""
+    kind, _, file = path.rpartition("/")
+    try:
+        read_record(os.path.basename(kind), file.removesuffix(".json"), path)
+    except FileNotFoundError:
+        return "is missing"
+    except Unreadable as reason:
+        return f"is no record: {reason}"
+    return "is not as the journal says" if line else "is not in the journal"
+
+
+class Packed(gzip.GzipFile):
+    """A backup as it is read: up to so many bytes as are ``allowed``, for a header may claim to be of any size."""
+
+    allowed = HEADER_BYTES
+
+    def read(self, size: int | None = -1) -> bytes:
+        block = super().read(size)
+        self.allowed -= len(block)
+        if self.allowed < 0:
+            raise tarfile.ReadError("it has a file with a name longer than any of ours")
+        return block
+
+
+def unpack_backup(file: IO[bytes], folder: Path) -> list[str]:
+    """Write what a backup holds into *folder* and return the paths; raise Malformed at what is none of ours."""
+    paths: list[str] = []
+    try:
+        with Packed(fileobj=file) as packed, tarfile.open(fileobj=packed, mode="r|") as tar:
+            while member := tar.next():
+                check_member(member, folder)
+                packed.allowed = member.size + 2 * HEADER_BYTES
+                write_member(tar, member, folder)
+                paths.append(member.name)
+                tar.members.clear()  # type: ignore[attr-defined]  # else it keeps all of them
+                packed.allowed = HEADER_BYTES
+            packed.allowed = HEADER_BYTES
+            while packed.read(BLOCK_BYTES):  # behind it is the checksum of all
+                pass
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise Malformed("", f"this is no backup, or not all of one: {error}") from None
+    if paths[-1:] != ["journal.jsonl"]:
+        raise Malformed("", "this is no backup of kirosync, or not all of one: it does not end with the journal")
+    return paths
+
+
+def check_member(member: tarfile.TarInfo, folder: Path) -> None:
+    """Raise Malformed if a *member* of a backup is anything but a plain file at a place of ours that fits the disk."""
+    where = repr(member.name[:ID_CHARACTERS])
+    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
+        raise Malformed(where, "is not a plain file; a backup has no others")
+    if not place_of(member.name) or len(os.fsencode(member.name)) > HEADER_BYTES:
+        raise Malformed(where, "is nothing that a backup holds")
+    if hasattr(tarfile, "data_filter"):  # from 3.11.4 on
+        tarfile.data_filter(member, str(folder))
+    disk = os.statvfs(folder)
+    if member.size > disk.f_bavail * disk.f_frsize - RESERVE_BYTES:
+        raise Full(f"{where} has {member.size} bytes, for which there is no space: nothing was changed")
+
+
+def write_member(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    path, source = f"{folder}/{member.name}", tar.extractfile(member)
+    assert source
+    make_folder(os.path.dirname(path))
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except (FileExistsError, NotADirectoryError):
+        raise Malformed(repr(member.name), "is in it twice") from None
+    with open(fd, "wb") as file:
+        shutil.copyfileobj(source, file, BLOCK_BYTES)
+    os.utime(path, (member.mtime, member.mtime))
+
+
+def check_backup(folder: Path, paths: Iterable[str]) -> None:
+    """Raise Malformed if what was unpacked into *folder* is not in itself right."""
+    lines, flaws = read_journal((folder / "journal.jsonl").read_bytes())
+    if flaws:
+        raise Malformed("journal.jsonl", flaws[0])
+    for path, flaw in flaws_in(folder, paths, lines).items():
+        raise Malformed(path, flaw)
+    for path in paths:
+        place = place_of(path)
+        try:
+            if place and place.part == "record":
+                from_hand(place.kind, read_record(place.kind, name_of(place.identity), f"{folder}/{path}")[1], 0, 0)
+            elif place and place.part in ("tombstone", "told", "used", "agent"):
+                check(dict[str, Any], parse(read_file(f"{folder}/{path}")[0]), "")
+        except (Unreadable, Malformed) as reason:
+            raise Malformed(path, str(reason)) from None
+
+
+# What a restore exchanges. All else is of this machine (who may come in, who is here) and stays where there is any.
+EXCHANGED = (*KINDS, "deleted", "archive", "output", "history", "quarantine")
+DOORS = ("token", "tokens.json")
+
+
+class Restoration:
+    """A backup on its way into the place of the state: unpacked beside it and checked, and then exchanged for it.
+
+    The point of no return is where the journal is: one whose last epoch has the name of our folder takes its place.
+    Before that nothing has happened, after it whoever takes the lock next goes on (see complete_restores). Others see
+    that the journal is another, and read everything anew.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.epoch = store, secrets.token_hex(6)
+        self.folder = store.directory / f"{RESTORE}{self.epoch}"
+        self.new, self.before = self.folder / "new", self.folder / "before"
+        self.ended: list[str] = []  # commands that were open in the backup, and are not any more
+        self.kept = self.before  # where that is which was there before
+
+    def take(self, file: IO[bytes]) -> None:
+        """Restore what *file* holds; raise Malformed if that is no whole backup."""
+        fd = self.store.change(lambda pen: occupy(self.folder))
+        try:
+            self.new.mkdir(mode=0o700)
+            self.before.mkdir(mode=0o700)
+            check_backup(self.new, unpack_backup(file, self.new))
+            fresh = Store(self.new, clock=self.store.clock, by=self.store.by)
+            os.sync()  # all at once: a call for each of thousands of files takes minutes
+            try:
+                while not self.store.change(partial(self._exchange, fresh=fresh)):
+                    pass  # what was done by hand is taken in first
+            finally:
+                fresh.close()
+        finally:
+            if not is_begun(self.folder):
+                shutil.rmtree(self.folder, ignore_errors=True)
+            os.close(fd)
+
+    def _exchange(self, pen: Pen, fresh: Store) -> bool:
+        """Exchange the state, under the lock; return False if something is still to be written of the one before."""
+        if pen.lines or pen.history or pen.unwanted:
+            return False
+        state = self.store.directory
+        if mounted := [name for name in EXCHANGED if os.path.ismount(state / name)]:
+            raise Conflict(f"{state / mounted[0]} is a disk of its own, and cannot be exchanged for another folder")
+        fresh.begin_epoch(self.epoch, max(fresh.revision, self.store.revision))
+        fresh.change(partial(self._end_open, now=pen))
+        if any((state / name).exists() for name in DOORS):  # what was revoked since stays so
+            for name in DOORS:
+                (self.new / name).unlink(missing_ok=True)
+        os.link(state / "journal.jsonl", self.before / "journal.jsonl")
+        sync_folders([f"{self.new}/output/", f"{self.new}/", f"{self.before}/", f"{self.folder}/", f"{state}/"])
+        os.rename(self.new / "journal.jsonl", state / "journal.jsonl")
+        sync_folder(state)
+        self.kept = complete_restore(self.folder)
+        return True
+
+    def _end_open(self, pen: Pen, now: Pen) -> None:
+        """End what was open in the backup; bury what is known *now* but not in it: no client is to bring it back."""
+        known = pen.store.entries["commands"]
+        for identity in [each for each, entry in known.items() if entry.content.status not in ENDED]:
+            command, present = pen.get("commands", identity) or {}, now.get("commands", identity)
+            settled = restored(command, present, pen.now)
+            pen.put("commands", identity, settled)
+            if settled is present:
+                self._keep_output(identity)
+            else:
+                self.ended.append(identity)
+        graves = [identity for kind, identity, op in now.store.recent if kind == "commands" and op in GRAVES]
+        buried = {identity for kind, identity, op in pen.store.recent if op in GRAVES}
+        for identity in sorted({*now.store.entries["commands"], *graves} - known.keys() - buried):
+            pen.delete("commands", identity, max(pen.now, int(now.last_update)), whole=False)
+        pen.touch(pen.now)
+
+    def _keep_output(self, identity: str) -> None:
+        """Have what a command prints, which goes on, be in the same files as before."""
+        for stream in STREAMS:
+            path = self.store.stream(identity, stream)
+            (self.new / "output" / path.name).unlink(missing_ok=True)
+            if path.exists():
+                link_or_copy(str(path), f"{self.new}/output/{path.name}")
+
+
+def is_begun(folder: Path) -> bool:
+    """Return whether the restore that *folder* was made for has come to its point of no return."""
+    journal = folder.parent / "journal.jsonl"
+    named = journal.exists() and folder.name.removeprefix(RESTORE).encode() in journal.read_bytes()
+    return named or any((folder / "before" / name).exists() for name in EXCHANGED)
+
+
+def complete_restores(directory: Path) -> None:
+    """Go on with a restore that was stopped on its way, or remove what it had prepared if it had not begun."""
+    for folder in directory.glob(f"{RESTORE}*"):
+        if is_begun(folder):
+            log.warning("completing a restore: it was stopped")
+            complete_restore(folder)
+        else:
+            remove_deserted([folder])
+
+
+def complete_restore(folder: Path) -> Path:
+    """Exchange what *folder* has for what is there, and return where that is kept; again, it goes on where it was."""
+    state, new, before = folder.parent, folder / "new", folder / "before"
+    for name in EXCHANGED:
+        if (new / name).exists():
+            if os.path.lexists(state / name):  # after a crash it may be one that an opening store has just made
+                os.rename(state / name, free_name(before / name))
+            os.rename(new / name, state / name)
+    for path in [*new.glob("agents/[!.]*.json"), *(new / name for name in (*DOORS, "told.json", "used.json"))]:
+        place = state / path.relative_to(new)
+        if path.exists() and not place.exists():
+            os.rename(path, place)
+    sync_folders([f"{each}/" for each in (new, before, state / "agents", state) if each.exists()])
+    kept = free_name(state / time.strftime("before-restore-%Y%m%dT%H%M%SZ", time.gmtime()))
+    if before.exists():
+        os.rename(before, kept)
+        sync_folder(state)
+    shutil.rmtree(folder)
+    return kept
+
+
+def free_name(path: Path) -> Path:
+    """Return *path*, or if it is taken the first of *path*.1, *path*.2 ... that is not."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}.{number}") for number in itertools.count(1)))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+REMEDIES = {  # what a repair does, in the order in which it does it
+    "rebuild": "move it to quarantine, and make it again from the records",
+    "take in": "take in what it is now, as a change made by hand; if it is no record, move it to quarantine",
+    "complete": "complete it, or remove it, as its writer would have",
+    "set aside": "move it to quarantine",
+    "give": "give it to the owner of the state directory",
+    "close": "let nobody but its owner read it",
+    "": "nothing: look at it, and move it back or remove it",
+}
+
+
+class Flaw(NamedTuple):
+    """Something in the state directory that is not as it should be, and which of REMEDIES is for it."""
+
+    path: str
+    problem: str
+    remedy: str
+
+
+class Inspection:
+    """What the journal says of the state directory, to hold against what is there. Nothing is changed by it.
+
+    It takes no lock: what seems wrong may just be changing, and is to be looked at again under the lock (see inspect).
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.owner = directory, os.stat(directory).st_uid
+        journal = directory / "journal.jsonl"
+        raw = journal.read_bytes() if journal.exists() else b""
+        lines, self.flaws = read_journal(raw)
+        self.standing = standing_of(lines)
+        self.known = {key[:2] for key in self.standing}
+
+    def look(self) -> Iterator[Flaw]:
+        """Yield what seems to be wrong anywhere."""
+        seen = {"": None, "journal.jsonl": None} | {path: None for path, _ in walk(self.directory)}
+        seen |= {f"{kind}/{name_of(identity)}.json": None for kind, identity, op in self.standing if op == "put"}
+        work = itertools.chain(self.directory.glob(f"{SNAPSHOT}*"), self.directory.glob(f"{RESTORE}*"))
+        seen |= {folder.name: None for folder in work}
+        for path in seen:
+            yield from self.judge(path)
+
+    def judge(self, path: str) -> Iterator[Flaw]:
+        """Yield what is wrong with the file or folder *path*."""
+        place = place_of(path)
+        try:
+            status = os.lstat(self.directory / path)
+        except FileNotFoundError:
+            gone = place and place.part == "record" and (place.kind, place.identity, "put") in self.standing
+            wanted = [("is missing", "take in")] if gone else []
+            wanted += [("is missing", "rebuild")] if place and place.part == "journal" else []
+        else:
+            folder = stat.S_ISDIR(status.st_mode)
+            found = self.folder(path) if folder else PARTS[place.part](self, path, place) if place else self.stray(path)
+            wanted = [*found]
+            if not any(remedy for _, remedy in wanted):
+                wanted += self.doors(path, status)
+        yield from (Flaw(path, problem, remedy) for problem, remedy in wanted)
+
+    def doors(self, path: str, status: os.stat_result) -> Iterator[tuple[str, str]]:
+        """Yield whether others than its owner may have a hand in *path*."""
+        mode = stat.S_IMODE(status.st_mode)
+        if status.st_uid != self.owner:
+            yield "belongs to another user than the directory", "give"
+        if mode & 0o77 and not stat.S_ISLNK(status.st_mode) and not path.endswith(".lock"):  # a lock holds nothing
+            yield f"can be used by others, with the mode {mode:04o}", "close"
+
+    def folder(self, path: str) -> Iterator[tuple[str, str]]:
+        named = re.fullmatch(rf"history/{KIND}(/{NAME})?", path)
+        if path.startswith((SNAPSHOT, RESTORE)):
+            if is_deserted(self.directory / path):
+                yield "was left by one who was stopped", "complete"
+        elif named and named["name"]:
+            if (named["kind"], urllib.parse.unquote(named["name"])) not in self.known:
+                yield "is the history of nothing", "set aside"
+        elif not (named or path in ("", *FOLDERS) or path.startswith("quarantine/")):
+            yield "is nothing that kirosync makes", "set aside"
+
+    def stray(self, path: str) -> Iterator[tuple[str, str]]:
+        folder, _, name = path.rpartition("/")
+        number = name.rpartition(".")[2]
+        if folder == "agents" and name.endswith(".lock") and is_name(name[:-5]):
+            return
+        if not folder and name.startswith(".") and (os.path.exists(f"/proc/{number}") or not number.isdecimal()):
+            return  # it is being written, or another's own
+        if folder in ("", *FOLDERS) and ASIDES.get(folder, ASIDE).fullmatch(name):
+            yield "was set aside by a writer that was stopped", "complete"
+        else:
+            yield "is nothing that kirosync writes", "set aside"
+
+    def record(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
+        flaw = flaw_of(f"{self.directory}/{path}", self.standing.get((place.kind, place.identity, "put")))
+        yield from [(flaw, "take in")] if flaw else []
+
+    def tombstone(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
+        op = next(op for op, folder in GRAVES.items() if path.startswith(f"{folder}/"))
+        if (place.kind, place.identity, op) not in self.standing:
+            yield "is a tombstone that is not in the journal", "set aside"
+        yield from self.shaped(path, dict[str, Any])
+
+    def output(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
+        ops = {op for op in REPLACES if ("commands", place.identity, op) in self.standing}
+        if path.startswith("archive/"):
+            if not os.path.exists(self.directory / f"archive/commands/{name_of(place.identity)}.json"):
+                yield "is the output of no command in the archive", "set aside"
+        elif "put" not in ops:
+            yield "is the output of no command", "complete" if ops & GRAVES.keys() else "set aside"
+
+    def agent(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
+        yield from self.shaped(path, AGENT)
+
+    def told(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
+        yield from self.shaped(path, shape({"revision": Count, "commands": list[str]}, {}))
+
+    def used(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
+        yield from self.shaped(path, dict[str, Any])
+
+    def token(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
+        yield from self.shaped(path, dict[str, TOKEN]) if path.endswith(".json") else ()  # type: ignore[valid-type]
+
+    def quarantined(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
+        with contextlib.suppress(OSError):
+            if path.count("/") == 1 and not path.endswith(".reason"):
+                yield f"lies here: {(self.directory / f'{path}.reason').read_text(errors='replace').strip()}", ""
+
+    def journal(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
+        for flaw in self.flaws:
+            yield flaw, "rebuild"
+
+    def nothing(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
+        yield from ()
+
+    def shaped(self, path: str, kind: Any) -> Iterator[tuple[str, str]]:
+        try:
+            check(kind, parse(read_file(f"{self.directory}/{path}")[0]), "")
+        except (Unreadable, Malformed) as reason:
+            yield f"is not as it should be: {reason}", "set aside"
+        except FileNotFoundError:
+            pass  # it has just gone
+
+
+PARTS: dict[str, Callable[[Inspection, str, Place], Iterator[tuple[str, str]]]] = {
+    "record": Inspection.record,
+    "tombstone": Inspection.tombstone,
+    "output": Inspection.output,
+    "version": Inspection.nothing,
+    "agent": Inspection.agent,
+    "quarantined": Inspection.quarantined,
+    "token": Inspection.token,
+    "told": Inspection.told,
+    "used": Inspection.used,
+    "audit": Inspection.used,
+    "journal": Inspection.journal,
+}
+
+
+def inspect_state(directory: Path) -> list[Flaw]:
+    """Return what is wrong with the state in *directory*, sorted by remedy and path; NotFound if none is there.
+
+    Only what seemed to be wrong is looked at under the lock, so that nobody is held up.
+    """
+    if not any((directory / name).exists() for name in ("journal.jsonl", *KINDS)):
+        raise NotFound(f"there is no state in {directory}")
+    flaws = [*Inspection(directory).look()]
+    if suspects := dict.fromkeys(flaw.path for flaw in flaws if flaw.remedy):
+        lock = Lock(directory / ".lock")
+        with contextlib.closing(lock), lock.held():
+            inspection = Inspection(directory)
+            again = [flaw for path in suspects for flaw in inspection.judge(path)]
+        flaws = [*again, *(flaw for flaw in flaws if flaw.path not in suspects)]
+    order = list(REMEDIES)
+    return sorted(flaws, key=lambda flaw: (order.index(flaw.remedy), flaw))
+
+
+def repair(directory: Path) -> list[Flaw]:
+    """Do for the state in *directory* what REMEDIES say, by the store's own means; return what is left."""
+    flaws = inspect_state(directory)
+    set_flaws_aside(directory, [flaw for flaw in flaws if flaw.remedy == "rebuild"])
+    if any(flaw.remedy in ("rebuild", "take in", "complete") for flaw in flaws):
+        settle(directory)
+    set_flaws_aside(directory, [flaw for flaw in inspect_state(directory) if flaw.remedy == "set aside"])
+    for flaw in inspect_state(directory):
+        path = directory / flaw.path
+        with passed_over("%s", path):
+            if flaw.remedy == "give":
+                os.chown(path, os.stat(directory).st_uid, os.stat(directory).st_gid, follow_symlinks=False)
+            if flaw.remedy == "close":
+                os.chmod(path, 0o700 if path.is_dir() else 0o600)
+    return inspect_state(directory)
+
+
+def set_flaws_aside(directory: Path, flaws: Iterable[Flaw]) -> None:
+    """Move what is still as *flaws* say into quarantine, each with the reason."""
+    lock = Lock(directory / ".lock")
+    with contextlib.closing(lock), lock.held(), as_owner(directory):
+        inspection = Inspection(directory)
+        for flaw in flaws:
+            if flaw in inspection.judge(flaw.path) and os.path.lexists(directory / flaw.path):
+                put_aside(directory, flaw)
+
+
+def put_aside(directory: Path, flaw: Flaw) -> None:
+    """Move the file or folder of a *flaw* to quarantine; the reason is there first."""
+    path, folder = directory / flaw.path, directory / "quarantine"
+    name = os.fsdecode(os.fsencode(flaw.path.replace("/", "."))[: NAME_BYTES // 2])
+    place = free_name(folder / f"{name}.{os.lstat(path).st_mtime_ns}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    give_reason(place, flaw.problem)
+    os.rename(path, place)
+    sync_folders([str(place), str(path)])
+
+
+def last_moment(directory: Path) -> float:
+    """Return when (ms) the last change was made, by the clock of who made it; 0 if there was none."""
+    journal = directory / "journal.jsonl"
+    lines, _ = read_journal(journal.read_bytes() if journal.exists() else b"")
+    return max((line.at for line in lines), default=0)
+
+
+def mount_of(directory: Path, mounts: str) -> str:
+    """Return the kind of the file system that *directory* is on, by the text of /proc/self/mountinfo."""
+    best, kind = "", "of an unknown kind"
+    for line in mounts.splitlines():
+        about, _, more = line.partition(" - ")
+        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), about.split()[4])
+        if directory.is_relative_to(point) and len(point) >= len(best):  # of two at one place the later is on top
+            best, kind = point, more.split()[0]
+    return kind
+
+
+def excludes(directory: Path) -> bool:
+    """Return whether two who lock *directory* exclude each other; nothing is written for it."""
+    fds = [os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) for _ in range(2)]
+    try:
+        filelock.lock_descriptor(fds[0], blocking=False)
+        return not filelock.lock_descriptor(fds[1], blocking=False)
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def sizes_of(directory: Path) -> dict[str, tuple[int, int]]:
+    """Return for each folder in *directory*, and for the files there as ".", how many files and bytes it holds."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for folder, _, files in os.walk(directory):
+        inside = os.path.relpath(folder, directory).partition("/")[0]
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):
+                count, size = sizes.get(inside, (0, 0))
+                sizes[inside] = count + 1, size + os.lstat(f"{folder}/{file}").st_size
+    return sizes
 
 
 # ---------------------------------------------------------------------------------------- Service
@@ -5110,6 +6015,246 @@ def go_on(work: Callable[[], None], closing: threading.Event) -> None:
             closing.wait(SETTLE_S)
 
 
+def backup(arguments: argparse.Namespace) -> int:
+    with Snapshot(Path(arguments.state)) as snapshot:
+        if arguments.file == "-":
+            snapshot.pack(sys.stdout.buffer)
+            sys.stdout.flush()
+        else:
+            snapshot.save(Path(arguments.file))
+        revision = max(line.revision for line in snapshot.lines())
+    files, held = len(snapshot.sizes), snapshot.held * 1000
+    tell(f"{files} files, up to revision {revision}; others had to wait for {held:.0f} ms")
+    return 0
+
+
+def restore(arguments: argparse.Namespace) -> int:
+    with contextlib.ExitStack() as closing:
+        file = sys.stdin.buffer if arguments.file == "-" else closing.enter_context(open(arguments.file, "rb"))
+        act_as_owner(Path(arguments.state))
+        store = Store(Path(arguments.state), kinds=("commands",), by=console())
+        closing.callback(store.close)
+        restoration = Restoration(store)
+        restoration.take(file)
+        tell(f"restored; what was there before is in {restoration.kept}")
+        if restoration.ended:
+            tell(f"ended {len(restoration.ended)} commands that were open: {', '.join(sorted(restoration.ended))}")
+    return 0
+
+
+def fsck(arguments: argparse.Namespace) -> int:
+    state = Path(arguments.state).absolute()
+    found = inspect_state(state)
+    left = repair(state) if arguments.repair else found
+    if arguments.json:
+        said = {name: [shown_flaw(flaw) for flaw in flaws] for name, flaws in (("found", found), ("left", left))}
+        print(msgspec.json.format(msgspec.json.encode(said), indent=2).decode())
+    else:
+        for flaw in found:
+            print(f"{flaw.path or '.'}: {flaw.problem}\n    repair: {REMEDIES[flaw.remedy]}")
+        for flaw in left if arguments.repair else ():
+            print(f"left: {flaw.path or '.'}: {flaw.problem}")
+        tell(f"{counted(found)} found" + (f", {counted(left)} left" if arguments.repair else ""))
+    return int(any(flaw.remedy for flaw in left))
+
+
+def shown_flaw(flaw: Flaw) -> Record:
+    return {"path": flaw.path or ".", "problem": flaw.problem, "repair": REMEDIES[flaw.remedy]}
+
+
+def counted(flaws: Iterable[Flaw]) -> str:
+    """Return how many *flaws* there are; what lies in quarantine is none."""
+    number = sum(bool(flaw.remedy) for flaw in flaws)
+    return {0: "nothing", 1: "1 thing"}.get(number, f"{number} things")
+
+
+class Case(NamedTuple):
+    """What the doctor is asked about."""
+
+    state: Path
+    logs: Path
+    host: str
+    port: int
+    proxy: str  # that is trusted, "" if none is
+
+    def ask(self, path: str) -> Record:
+        """Return what the service answers; raise OSError if none does."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)
+        connection = http.client.HTTPConnection(host, self.port, timeout=ANSWER_S)
+        try:
+            connection.request("GET", path, headers={"Accept": "application/json"})
+            return check(dict[str, Any], parse(connection.getresponse().read(BLOCK_BYTES)), "")  # type: ignore
+        except http.client.HTTPException as error:
+            raise OSError(f"no answer in HTTP: {error!r}") from None
+        finally:
+            connection.close()
+
+    @property
+    def disk(self) -> Path:
+        """The state directory, or what is to hold it."""
+        return next(path for path in (self.state, *self.state.parents) if path.is_dir())
+
+
+def check_folder(case: Case) -> Iterator[Finding]:
+    if not case.state.is_dir():
+        yield Finding("warn", f"there is no directory {case.state}", "name it with --state, or start the service")
+        return
+    status = os.stat(case.state)
+    if status.st_uid != os.geteuid():
+        yield Finding("warn", f"{case.state} belongs to user {status.st_uid}", "run this, and all of us, as that user")
+    if status.st_mode & 0o77:
+        remedy = f"chmod 700 {case.state}"
+        yield Finding("bad", f"{case.state} can be used by others, with the mode {status.st_mode & 0o777:04o}", remedy)
+    if not os.access(case.state, os.R_OK | os.W_OK | os.X_OK) or os.statvfs(case.state).f_flag & os.ST_RDONLY:
+        yield Finding("bad", f"{case.state} cannot be written", "mount its disk for writing, and give it to this user")
+    else:
+        yield Finding("ok", f"{case.state} can be read and written")
+
+
+def check_disk(case: Case) -> Iterator[Finding]:
+    disk = os.statvfs(case.disk)
+    yield judge_space(disk.f_bavail * disk.f_frsize, disk.f_favail if disk.f_files else None)
+
+
+def check_clock(case: Case) -> Iterator[Finding]:
+    yield judge_clock(time.time() * 1000, last_moment(case.state), "the last change")
+
+
+def check_lock(case: Case) -> Iterator[Finding]:
+    yield judge_file_system(mount_of(case.disk.resolve(), Path("/proc/self/mountinfo").read_text()))
+    if excludes(case.disk):
+        yield Finding("ok", "its locks exclude each other")
+    else:
+        yield Finding("bad", "its locks do not exclude each other", "move the state to a local disk")
+
+
+def check_service(case: Case) -> Iterator[Finding]:
+    where = f"{case.host}:{case.port}"
+    try:
+        home, health = case.ask("/"), case.ask("/health")
+    except OSError as error:
+        yield Finding("warn", f"no service answers at {where}: {error}", "start it, or name it with --host and --port")
+        return
+    version, status = home.get("version"), health.get("status")
+    if version == __version__:
+        yield Finding("ok", f"the service at {where} is kirosync {version}, {status}")
+    else:
+        yield Finding("warn", f"the service at {where} is {version}, this file is {__version__}", "restart the service")
+    moment = datetime.datetime.fromisoformat(str(health.get("timestamp"))).timestamp() * 1000
+    yield judge_clock(time.time() * 1000, moment, "the service's")
+    yield from judge_address(str(check(dict[str, Any], health.get("server"), "server").get("host")), case.proxy)
+
+
+def judge_address(host: str, proxy: str) -> Iterator[Finding]:
+    """Judge who reaches a service that listens on *host*, with a *proxy* that it trusts in front of it."""
+    if proxy:
+        yield Finding("ok", f"it trusts the proxy {proxy}")
+    elif host not in ("localhost", "::1") and not host.startswith("127."):
+        remedy = "listen on 127.0.0.1 behind a proxy with TLS, and name it in KIROSYNC_TRUSTED_PROXY"
+        yield Finding("warn", f"it listens on {host}, in plain text, with no proxy in front of it", remedy)
+
+
+def check_agents(case: Case) -> Iterator[Finding]:
+    now = time.time() * 1000
+    for path in sorted(case.state.glob("agents/[!.]*.json")):
+        said, seen = check(AGENT, parse(path.read_bytes()), path.name), path.stat().st_mtime * 1000
+        version, name = said.get("version", "unknown"), urllib.parse.unquote(path.stem)
+        here = "is here" if is_present(seen, round(now)) else f"was last seen {iso(seen)}"
+        if said["kind"] == "agent" and version != __version__:
+            remedy = "put agent.py and kirosync.py of one version side by side, and restart it"
+            yield Finding("warn", f"the agent {name} {here}; its version is {version}, not {__version__}", remedy)
+        else:
+            yield Finding("ok", f"{said['kind']} {name} {here}; its version is {version}")
+
+
+def check_packages(case: Case) -> Iterator[Finding]:
+    header = re.search(r"^# /// script\n((?:# .*\n)+?)# ///$", Path(__file__).read_text(), re.MULTILINE)
+    asked = tomllib.loads(re.sub("^# ", "", header[1], flags=re.MULTILINE)) if header else {}
+    yield judge_package(f"Python{asked.get('requires-python', '')}", sys.version.split()[0])
+    for wanted in asked.get("dependencies", ()):
+        try:
+            found = importlib.metadata.version(wanted.partition(">=")[0])
+        except importlib.metadata.PackageNotFoundError:
+            found = None
+        yield judge_package(wanted, found)
+
+
+def check_sizes(case: Case) -> Iterator[Finding]:
+    sizes = sizes_of(case.state)
+    if not case.logs.is_relative_to(case.state) and case.logs.is_dir():
+        sizes |= {str(case.logs): sizes_of(case.logs).get(".", (0, 0))}
+    parts = (f"{name} {size / 2**20:.1f} MiB in {count}" for name, (count, size) in sorted(sizes.items()))
+    yield Finding("ok", f"files: {', '.join(parts) or 'none'}")
+
+
+def check_state(case: Case) -> Iterator[Finding]:
+    flaws = inspect_state(case.state)
+    lying = sum(not flaw.remedy for flaw in flaws)
+    if lying:
+        remedy = f"see why in {case.state}/quarantine/*.reason; move back what is mended, remove the rest"
+        yield Finding("warn", f"{lying} files lie in quarantine", remedy)
+    if len(flaws) > lying:
+        yield Finding("bad", f"fsck finds {counted(flaws)}", f"kirosync.py fsck --repair --state {case.state}")
+    elif not lying:
+        yield Finding("ok", "fsck finds nothing")
+
+
+# What the doctor looks at, and whether there is anything to see without a state directory.
+CHECKS: dict[Callable[[Case], Iterator[Finding]], bool] = {
+    check_folder: True,
+    check_disk: True,
+    check_lock: True,
+    check_clock: False,
+    check_service: True,
+    check_agents: False,
+    check_packages: True,
+    check_sizes: False,
+    check_state: False,
+}
+
+
+def examine(case: Case) -> Iterator[Finding]:
+    """Yield what each of CHECKS finds; one that cannot look says so, and keeps no other from it."""
+    for look, always in CHECKS.items():
+        name = look.__name__.removeprefix("check_")
+        try:
+            if always or (case.state / "journal.jsonl").exists():
+                yield from look(case)
+        except (OSError, ValueError, Refusal) as error:
+            yield Finding("bad", f"{name}: could not be looked at: {error}", "see to it that this user may")
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    state = Path(arguments.state).absolute()
+    case = Case(state, Path(arguments.log or state / "log"), arguments.host, arguments.port, arguments.trusted_proxy)
+    findings = [*examine(case)]
+    if arguments.json:
+        print(msgspec.json.format(msgspec.json.encode([each._asdict() for each in findings]), indent=2).decode())
+    for level, sentence, remedy in () if arguments.json else findings:
+        print(f"{level:4}  {sentence}" + (f"; {remedy}" if remedy else ""))
+    return int(any(finding.level == "bad" for finding in findings))
+
+
+def tell(sentence: str) -> None:
+    """Say something about what was done; stdout is for what it yields."""
+    print(f"kirosync: {sentence}", file=sys.stderr)
+
+
+def care(work: Callable[[argparse.Namespace], int], failed: int = 1) -> Callable[[argparse.Namespace], None]:
+    """Return *work* as a program: a refusal is one line, and the exit code *failed*."""
+
+    def run(arguments: argparse.Namespace) -> None:
+        logging.basicConfig(level=logging.WARNING, format="kirosync: %(message)s")
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what was begun is cleared away
+        try:
+            sys.exit(work(arguments))
+        except (Refusal, OSError) as error:
+            tell(f"{work.__name__}: {error}")
+            sys.exit(failed)
+
+    return run
+
+
 def add_token(arguments: argparse.Namespace) -> None:
     """Make a token, and print it: this once, for only its sha256 is kept."""
     secret, now = new_secret(), time.time_ns() // 1_000_000
@@ -5173,13 +6318,20 @@ def opened(state: str) -> Iterator[Store]:
     """Give the store of *state*, for what is no record; who is refused is told so in one line."""
     act_as_owner(Path(state))
     try:
-        store = Store(Path(state), kinds=(), by=f"{getpass.getuser()}@console")
+        store = Store(Path(state), kinds=(), by=console())
         try:
             yield store
         finally:
             store.close()
     except (Refusal, OSError) as error:
         sys.exit(f"kirosync: {error}")
+
+
+def console() -> str:
+    """Return what the journal says of who sits at this machine."""
+    with contextlib.suppress(KeyError):  # a user without a name, as in a container
+        return f"{getpass.getuser()}@console"
+    return f"{os.getuid()}@console"
 
 
 def act_as_owner(state: Path) -> None:
@@ -5256,15 +6408,16 @@ class Subcommand(NamedTuple):
 STATE = Option("--state", "directory", str(Path(__file__).absolute().with_name("state")))
 LOG = Option("--log", "directory of the logs; STATE/log", "")
 JSON = Option("--json", "as JSON", more={"action": "store_true"})
+PROXY = Option("--trusted-proxy", "address of the proxy before it, which tells who asks; none", "")
+ADDRESS = (Option("--host", "address", "127.0.0.1"), Option("--port", "port", "3001", {"type": port_number}))
 SUBCOMMANDS = (
     Subcommand(
         *("serve", serve, "run the service"),
         (
-            Option("--host", "address", "127.0.0.1"),
-            Option("--port", "port", "3001", {"type": port_number}),
+            *ADDRESS,
             Option("--execute-timeout", "for what an IDE executes", f"{EXECUTE_S:.0f}", {"type": positive_seconds}),
             LOG,
-            Option("--trusted-proxy", "address of the proxy before it, which tells who asks; none", ""),
+            PROXY,
             Option("--notify", "URL to be told of what happens, or ntfy+URL of a topic; none", "", {"type": http_url}),
             Option("--notify-on", "what it is told of", "asked,failed,long", {"type": event_names}),
             Option(
@@ -5284,6 +6437,31 @@ SUBCOMMANDS = (
     Subcommand("token list", list_tokens, "show the tokens, and when each was last used", (JSON,)),
     Subcommand("audit verify", check_audit, "look whether the audit log is as it was written", (LOG,)),
     Subcommand("token revoke", revoke_token, "turn away who has a token, at once", (Option("name", "whose it was"),)),
+    Subcommand(
+        *("backup", care(backup), "write all of the state, as it is at one moment, into FILE, while others go on"),
+        (Option("file", "a .tar.gz; - is stdout", more={"metavar": "FILE"}),),
+    ),
+    Subcommand(
+        *(
+            "restore",
+            care(restore),
+            "put a backup in the place of the state, while others go on; what was there is kept",
+        ),
+        (Option("file", "what backup has written; - is stdin", more={"metavar": "FILE"}),),
+    ),
+    Subcommand(
+        *("fsck", care(fsck, failed=2), "look for what is wrong in the state directory; the exit code is then 1"),
+        (Option("--repair", "and set it right; nothing is deleted", more={"action": "store_true"}), JSON),
+    ),
+    Subcommand(
+        *("doctor", care(doctor), "look for what is wrong around the state directory; the exit code is then 1"),
+        (
+            *ADDRESS,
+            PROXY,
+            LOG,
+            JSON,
+        ),
+    ),
 )
 
 

@@ -1,6 +1,7 @@
 """Stop a process at every system call of a change, one after the other, and check what is found afterwards.
 
-    python crash.py DIRECTORY NAME      NAME is one of CHANGES; prints the number of places it was stopped at
+    python crash.py DIRECTORY NAME      NAME is one of CHANGES, or open, backup or restore; prints the number of
+                                        places it was stopped at
 
 A child is forked for each place. It counts the calls into C that the store makes, and kills itself with
 SIGKILL before the Nth. Then the directory is opened anew, and once more taken over by a store that was
@@ -43,6 +44,9 @@ CHANGES = {
 CALLS = {"open", "write", "fsync", "fdatasync", "rename", "unlink", "mkdir", "ftruncate", "close", "pread", "flock"}
 
 
+LASTING = {"write", "fsync", "fdatasync", "rename", "unlink", "mkdir", "ftruncate", "link", "sync", "rmdir", "rmtree"}
+
+
 def prepare(directory):
     store = kirosync.Store(directory, clock=lambda: 1000)
     store.change(
@@ -65,20 +69,21 @@ def contents(directory):
     store = kirosync.Store(directory, clock=lambda: 1000)
     seen = {kind: {key: json.loads(e.newer()) for key, e in store.entries[kind].items()} for kind in kirosync.KINDS}
     seen["gone"] = sorted(key for key in store.recent if key[2] in kirosync.GRAVES)
-    seen["printed"] = [str(file.relative_to(directory)) for file in directory.rglob("old.out")]
+    printed = [str(file.relative_to(directory)) for file in directory.rglob("old.out")]
+    seen["printed"] = [path for path in printed if not path.startswith("before-restore-")]
     store.close()
     return seen
 
 
-def stop_before(number):
-    """Have this process killed before its call *number* into one of CALLS."""
+def stop_before(number, calls=CALLS):
+    """Have this process killed before its call *number* into one of *calls*."""
     left = number
 
     def count(frame, event, function):
         nonlocal left
         if (
             event == "c_call"
-            and function.__name__ in CALLS
+            and function.__name__ in calls
             and "kirosync" in frame.f_code.co_filename + frame.f_back.f_code.co_filename
         ):
             left -= 1
@@ -146,6 +151,92 @@ def stop_while_opening(directory):
     raise AssertionError("opening does not end")
 
 
+def work_and_stop(number, work):
+    """Return whether a child came to the end of *work* before the call *number* at which it is stopped."""
+    child = os.fork()
+    if child == 0:
+        stop_before(number, LASTING)
+        work()
+        sys.setprofile(None)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def back_up(state, file):
+    with kirosync.Snapshot(state) as snapshot:
+        snapshot.save(file)
+
+
+def restore(state, file):
+    store = kirosync.Store(state, kinds=("commands",), clock=lambda: 1000)
+    with file.open("rb") as packed:
+        kirosync.Restoration(store).take(packed)
+    store.close()
+
+
+def stop_while_backing_up(directory):
+    """Stop a backup at every call: the state is as it was, the file whole or not there; the next one clears up."""
+    template = directory / "template"
+    prepare(template)
+    before = contents(template)
+    for number in range(1, 1000):
+        state, file = directory / f"s{number}", directory / f"{number}.tar.gz"
+        shutil.copytree(template, state)
+        done = work_and_stop(number, lambda state=state, file=file: back_up(state, file))
+        if number % 2:
+            back_up(state, directory / "next.tar.gz")
+        assert check_sound(state, [before]) == before
+        assert file.exists() or not done
+        if file.exists():
+            restore(directory / f"r{number}", file)
+            assert contents(directory / f"r{number}")["documents"] == before["documents"]
+        if done:
+            return number - 1
+    raise AssertionError("the backup does not end")
+
+
+def stop_while_restoring(directory):
+    """Stop a restore at every call: all of it is there or nothing, and what was there before is kept."""
+    template = directory / "template"
+    prepare(template)
+    back_up(template, directory / "backup.tar.gz")
+    store = kirosync.Store(template, clock=lambda: 1000)
+    store.change(CHANGES["batch"])
+    store.change(lambda pen: kirosync.queue(pen, {"type": "execute_bash", "command": "true"}, key="later"))
+    store.close()
+    before, seen = contents(template), []
+    shutil.copytree(template, directory / "after")
+    restore(directory / "after", directory / "backup.tar.gz")
+    after = contents(directory / "after")
+    assert after["documents"].keys() == {"d"}
+    for number in range(1, 1000):
+        state = directory / str(number)
+        shutil.copytree(template, state)
+        witness = kirosync.Store(state, clock=lambda: 1000)
+        done = work_and_stop(number, lambda state=state: restore(state, directory / "backup.tar.gz"))
+        witness.change(lambda pen: pen.put("commands", "next", {"type": "execute_bash", "status": "failed"}))
+        witness.close()
+        found = check_sound(state, [with_next(after)] if done else [with_next(before), with_next(after)])
+        seen.append(found == with_next(after))
+        check_kept(state, before, seen[-1])
+        shutil.rmtree(state)
+        if done:
+            break
+    assert done
+    assert seen == sorted(seen), "from the point of no return on it is completed"
+    assert not seen[0]
+    return number - 1
+
+
+def check_kept(state, before, restored):
+    """Check that what was there *before* is kept if it is not there any more, and then once."""
+    kept = [*state.glob("before-restore-*")]
+    assert len(kept) == restored, kept
+    for folder in kept:
+        texts = [json.loads(path.read_text())["content"] for path in sorted(folder.glob("documents/*.json"))]
+        assert texts == [before["documents"][name]["content"] for name in sorted(before["documents"])]
+
+
 def with_next(found):
     return {**found, "commands": {**found["commands"], "next": {"type": "execute_bash", "status": "failed"}}}
 
@@ -177,5 +268,7 @@ def main(directory, change):
     return number - 1
 
 
+OTHERS = {"open": stop_while_opening, "backup": stop_while_backing_up, "restore": stop_while_restoring}
+
 if __name__ == "__main__":
-    print(stop_while_opening(Path(sys.argv[1])) if sys.argv[2] == "open" else main(Path(sys.argv[1]), sys.argv[2]))
+    print(OTHERS.get(sys.argv[2], lambda directory: main(directory, sys.argv[2]))(Path(sys.argv[1])))

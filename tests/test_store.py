@@ -723,7 +723,7 @@ def test_a_file_made_of_parts_of_the_one_before_is_as_if_laid_out_whole(store, s
 def together(store, rules):
     """Commit *rules* in one commit."""
     waiting = [kirosync.Asked(rule, Future(), threading.Lock()) for rule in rules]
-    with store._locked():
+    with store._lock.held():
         store._commit(waiting)
     return [asked.answer.result() for asked in waiting]
 
@@ -751,7 +751,7 @@ def test_a_file_that_is_changed_by_hand_while_it_is_copied_costs_a_try_and_nothi
 
 def lengthen(store):
     lines = [kirosync.Line(store.revision + n, 0, 0, "lastUpdate", "", "touch") for n in range(1, 2000)]
-    with store._locked():
+    with store._lock.held():
         store._journal.enter(lines)
         store._journal.known = (0, 0)
     store.refresh()
@@ -821,7 +821,7 @@ def test_a_compaction_that_fails_half_way_acknowledges_nothing_and_loses_nothing
         store._journal.replace(size)
 
     waiting = [kirosync.Asked(rule, Future(), threading.Lock()) for rule in (replace, lambda pen: pen.touch(9))]
-    with store._locked(), pytest.raises(OSError, match="Input/output error"):
+    with store._lock.held(), pytest.raises(OSError, match="Input/output error"):
         store._commit(waiting)
     assert not waiting[1].answer.done()
     push(store, documents={"after": {"content": "y", "timestamp": 1}})
