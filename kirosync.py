@@ -57,6 +57,7 @@ import getpass
 import hashlib
 import hmac
 import html
+import http.client
 import inspect
 import ipaddress
 import itertools
@@ -66,6 +67,7 @@ import logging.handlers
 import math
 import operator
 import os
+import queue as queue_of
 import re
 import resource
 import secrets
@@ -77,7 +79,9 @@ import struct
 import sys
 import threading
 import time
+import urllib.error
 import urllib.parse
+import urllib.request
 import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -270,6 +274,16 @@ ANNOUNCED_BYTES = 1 << 20  # that an agent may say of itself: an editor has some
 EXECUTIONS = 3  # in editors, at once
 EXECUTE_S = 300.0  # for one, unless the settings say otherwise
 REJOIN_S = 60.0  # after its end the result of one whose caller hung up is kept for who asks the same again
+AUDIT_S = 1.0  # between looks for what is to be entered in the audit log; the journal has it meanwhile
+AUDIT_LINES = 10_000  # that are entered at once
+AUDIT_BYTES = 32 << 20  # of a file of it, before another is begun
+AUDIT_FILES = 16  # that are kept beside it: half a GiB, some two million changes
+ACCESS_BYTES, ACCESS_FILES = 16 << 20, 4  # of the access log, and how many are kept beside it
+NOTICES = 100  # that wait to be sent; more are dropped, which the log and /metrics say
+NOTIFY_S = 10.0  # for one to be sent
+NOTIFY_PAUSES_S = (0.0, 1.0, 5.0, 30.0, 120.0)  # before each try
+NOTICE_CHARACTERS = 2000  # of a text for ntfy, which takes 4096 bytes
+NOTIFY_AFTER_S = 60.0  # of running, after which the end is worth telling, unless the settings say otherwise
 TEND_S = 60.0  # between looks for what has become too long or too old
 SWEEP_S = 1.0  # between looks for commands that are overdue
 SLACK_LINES = 1000  # a journal is compacted when it is twice its records and this long
@@ -1063,6 +1077,45 @@ def execution_timed_out(command: Record) -> TimedOut:
     limit = round(command.get("timeout", EXECUTE_S) * 1000)
     sentence = f"Operation 'command-execution' timed out after {limit}ms (limit: {limit}ms)"
     return TimedOut(sentence, timeoutMs=limit, executionId=command["id"])
+
+
+def notice_of(command: Record, after_s: float) -> tuple[str, Record]:
+    """Return what of *command*, as it stands, someone may want to be told, and that: asked, failed, or long, or "".
+
+    It asks a human; it failed, and nobody wanted that; it has ended after more than *after_s* seconds.
+
+    >>> command = {"id": "c", "type": "execute_bash", "status": "failed", "outcome": "exit", "error": "exit code 1"}
+    >>> notice_of(command, 60)[0], notice_of({**command, "outcome": "cancelled"}, 60)[0]
+    ('failed', '')
+    """
+    asks, status = command["type"] == "user_input", command["status"]
+    took = command.get("endedAt", 0) - command.get("startedAt", math.inf)
+    events = {
+        "asked": asks and status == "pending",
+        "failed": not asks and status == "failed" and command.get("outcome") != "cancelled",
+        "long": not asks and status == "completed" and took > after_s * 1000,
+    }
+    event = next((name for name, happened in events.items() if happened), "")
+    told = ("type", "status", "outcome", "error", "agent", "prompt", "inputType", "choices", "executionId")
+    notice: Record = {
+        "event": event,
+        "commandId": command["id"],
+        **{key: command[key] for key in told if key in command},
+    }
+    return event, notice | ({"durationMs": round(took)} if took > 0 else {})
+
+
+def as_ntfy(topic: str, notice: Record) -> Record:
+    """Return *notice* as ntfy takes it at its root: https://docs.ntfy.sh/publish/#publish-as-json.
+
+    >>> as_ntfy("t", {"event": "failed", "commandId": "c", "type": "execute_bash", "error": "exit code 1"})["message"]
+    'c: exit code 1'
+    """
+    titles = {"asked": "kirosync asks", "failed": "{type} failed", "long": "{type} has ended"}
+    text = notice.get("prompt") or f"{notice['commandId']}: {notice.get('error', notice.get('outcome', ''))}"
+    title = titles[notice["event"]].format(type=notice["type"])
+    urgent = {"priority": 4} if notice["event"] != "long" else {}
+    return {"topic": topic, "title": title, "message": text[:NOTICE_CHARACTERS], **urgent}
 
 
 YES_OR_NO = {"yes": "yes", "y": "yes", "true": "yes", "no": "no", "n": "no", "false": "no"}
@@ -2079,9 +2132,9 @@ class Asked(NamedTuple):
     """A change that someone waits for until its ``bell`` is released: it is answered, or it is its turn to commit."""
 
     rule: Callable[[Pen], Any]
-    by: str
     answer: Future[Any]
     bell: threading.Lock
+    by: str = ""
 
 
 class Store:
@@ -2316,7 +2369,7 @@ class Store:
         Whoever comes while another commits is committed with the others that wait. Raises what the
         rule raises, Busy if another process holds the lock for too long, Full if the disk is.
         """
-        asked = Asked(rule, BY.get() or self.by, Future(), threading.Lock())
+        asked = Asked(rule, Future(), threading.Lock(), BY.get() or self.by)
         asked.bell.acquire()
         with self._queued:
             self._queue.append(asked)
@@ -2540,14 +2593,15 @@ class Store:
 
     # Keeping it small
 
-    def compact(self) -> bool:
+    def compact(self, audited: tuple[int, int] | None = None) -> bool:
         """Replace the journal, if it is long, by what still matters of it; return whether that was done.
 
-        Others go on meanwhile: what is there is read without the lock, which is taken to add what came since.
+        Others go on meanwhile: what is there is read without the lock, which is taken to add what came since. What has
+        not been *audited* (the journal's inode, and how much of it has) stays as it is.
         """
         if self._journal.lines <= 2 * len(self.recent) + SLACK_LINES:
             return False
-        inode, size = self._journal.known
+        inode, size = audited or self._journal.known
         self._journal.summarize(size)
 
         def replace(pen: Pen) -> bool:
@@ -2800,6 +2854,223 @@ class Store:
                 self._journal.close()
                 os.close(self._lock)
             self._lock = -1
+
+
+class Entered(msgspec.Struct, frozen=True, omit_defaults=True, rename={"place": "from"}):
+    """A line of the audit log: who wanted what, from where; of a command what it is, and how it stands after it.
+
+    ``previous`` is the sha256 of the line before, which so cannot be changed, or taken out, unnoticed.
+    """
+
+    seq: int
+    previous: str
+    at: float
+    revision: int
+    by: str
+    place: str
+    kind: str
+    id: str
+    op: str
+    type: str = ""
+    status: str = ""
+    outcome: str = ""
+    sha256: str = ""  # see hash_of; of what was pruned, that of its last line
+    until: int = 0  # of what was pruned, its last seq
+
+
+class Position(msgspec.Struct):
+    """How far an audit log has come: its last line, by number and sha256, and the last revision that is in it."""
+
+    seq: int = 0
+    sha256: str = ""
+    revision: int = 0
+
+
+class Audit:
+    """The log of every change, audit.jsonl in *folder*, in which each line vouches for the one before.
+
+    It follows the journal, which has all that it says: what a crash kept from it is entered at the next start. How far
+    it came is remembered in the state directory too, so that a log whose end was cut off is found out.
+    """
+
+    def __init__(self, store: Store, folder: Path) -> None:
+        self.store, self.path = store, folder / "audit.jsonl"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.journal = open(store.directory / "journal.jsonl", "rb")  # noqa: SIM115  for as long as the service runs
+        self.known = self.position()
+
+    def position(self) -> Position:
+        """Return where to go on; a line that was not written to its end is taken out."""
+        told, last = audited_in(self.store.directory), Position()
+        for path in (*audit_files(self.path.parent)[-1:], self.path):
+            for raw, line in entered_in(path):
+                last = Position(line.seq, digest(raw), line.revision) if line else last
+        with contextlib.suppress(FileNotFoundError), open(self.path, "r+b") as file:
+            text = file.read()
+            file.truncate(text.rfind(b"\n") + 1)
+        if told and told.seq > last.seq:
+            log.error("the audit log has lost the lines %d to %d", last.seq + 1, told.seq)
+            return told
+        return last if told else Position(last.seq, last.sha256)  # of another state: none of it is in this one's
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The inode of the journal, and how much of it has been entered."""
+        return os.fstat(self.journal.fileno()).st_ino, self.journal.tell()
+
+    def follow(self) -> list[Line]:
+        """Enter what is new in the journal, durably, and return it; raise OSError, and then it is for the next time."""
+        place = self.journal.tell()
+        lines = [line for line in self.read() if line.revision > self.known.revision and line.op in AUDITED]
+        try:
+            for start in range(0, len(lines), AUDIT_LINES):
+                self.enter(lines[start : start + AUDIT_LINES])
+        except OSError:
+            self.journal.seek(place)
+            raise
+        return lines
+
+    def read(self) -> Iterator[Line]:
+        """Yield the lines of the journal that have not been read; of the one before, if it was replaced, first."""
+        while True:
+            for raw in self.journal:
+                if not raw.endswith(b"\n"):
+                    self.journal.seek(-len(raw), os.SEEK_CUR)
+                    break
+                with contextlib.suppress(ValueError):
+                    yield msgspec.json.decode(raw, type=Line)
+            try:
+                if os.path.samestat(os.fstat(self.journal.fileno()), os.stat(self.journal.name)):
+                    return
+            except FileNotFoundError:  # removed by hand: another comes
+                return
+            self.journal.close()
+            self.journal = open(self.journal.name, "rb")  # noqa: SIM115
+
+    def enter(self, lines: Sequence[Line]) -> None:
+        self.make_room()
+        known, text = self.known, b""
+        for line in lines:
+            raw = entered(known, line)
+            text += raw + b"\n"
+            known = Position(known.seq + 1, digest(raw), line.revision)
+        self.append(text)
+        self.known = known
+        self.store.remember("audit", msgspec.json.encode(known))
+
+    def append(self, text: bytes) -> None:
+        """Add *text* to the log: all of it, or none and OSError."""
+        fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        try:
+            size = os.fstat(fd).st_size
+            try:
+                write_all(fd, text)
+                os.fdatasync(fd)
+            except OSError:
+                os.ftruncate(fd, size)
+                raise
+        finally:
+            os.close(fd)
+
+    def make_room(self) -> None:
+        """Begin another file if this one is large; the oldest of too many goes, and the log says so."""
+        if not self.path.exists() or self.path.stat().st_size < AUDIT_BYTES:
+            return
+        os.rename(self.path, self.path.with_name(f"audit-{self.known.seq:015d}.jsonl"))
+        for old in audit_files(self.path.parent)[:-AUDIT_FILES]:
+            [(raw, last)] = collections.deque(entered_in(old), 1)
+            line = Line(self.known.revision, self.store.clock(), 0, "audit", old.name, "prune", by=self.store.by)
+            pruned = msgspec.structs.replace(
+                said_of(self.known, line), sha256=digest(raw), until=last.seq if last else 0
+            )
+            text = msgspec.json.encode(pruned)
+            self.append(text + b"\n")
+            self.known = Position(self.known.seq + 1, digest(text), self.known.revision)
+            old.unlink()
+
+
+AUDITED = ("put", "delete", "archive", "quarantine", "add", "revoke", "restore")  # the ops that are changes to someone
+
+
+def said_of(known: Position, line: Line) -> Entered:
+    """Return what the audit log, which has come as far as *known*, says next, of a *line* of the journal."""
+    by, _, place = line.by.rpartition("@") if "@" in line.by else (line.by, "", "")
+    told = (line.kind, line.id, line.op, line.type, line.status, line.outcome, line.sha256)
+    return Entered(known.seq + 1, known.sha256, line.at, line.revision, by, place, *told)
+
+
+def entered(known: Position, line: Line) -> bytes:
+    return msgspec.json.encode(said_of(known, line))
+
+
+def audited_in(directory: Path) -> Position | None:
+    """Return how far the audit log of a state *directory* had come, None if that is not known."""
+    with contextlib.suppress(FileNotFoundError, Unreadable, ValueError):
+        return msgspec.json.decode(read_file(f"{directory}/audit.json")[0], type=Position)
+    return None
+
+
+def audit_files(folder: Path) -> list[Path]:
+    """Return the files of an audit log that are full, the oldest first."""
+    return sorted(folder.glob("audit-*.jsonl"))
+
+
+def entered_in(path: Path) -> Iterator[tuple[bytes, Entered | None]]:
+    """Yield each line of a file of an audit log, and what it says, None if that is no line."""
+    try:
+        with open(path, "rb") as file:
+            for raw in file:
+                line = None
+                with contextlib.suppress(ValueError):
+                    line = msgspec.json.decode(raw, type=Entered)
+                yield raw.rstrip(b"\n"), line
+    except FileNotFoundError:
+        return
+
+
+class Chain:
+    """The lines of an audit log, one by one, each of which must vouch for the one before.
+
+    *told* is how far the log had come, from the state directory: without it, one whose end was cut off looks whole.
+    """
+
+    def __init__(self, told: Position | None) -> None:
+        self.told, self.known, self.before = told, Position(), ""
+        self.count, self.start, self.pruned = 0, Position(), set[tuple[int, str]]()
+
+    def add(self, here: str, raw: bytes, line: Entered | None) -> str:
+        """Return what is wrong with a line, or with the one before it, "" if nothing is."""
+        if line is None:
+            return f"{here} was changed: it is no line of the log"
+        if not self.count:
+            self.start = self.known = Position(line.seq - 1, line.previous)
+        if line.seq != self.known.seq + 1:
+            return f"{here} is number {line.seq} where {self.known.seq + 1} should be: lines are missing"
+        if line.previous != self.known.sha256:
+            return f"{self.before} was changed: its sha256 is not the one that the line after it has"
+        self.known, self.before, self.count = Position(line.seq, digest(raw), line.revision), here, self.count + 1
+        self.pruned |= {(line.until, line.sha256)} if line.op == "prune" else set()
+        if self.told and self.told.seq == line.seq and self.told.sha256 != self.known.sha256:
+            return f"{here} was changed: its sha256 is not the one that the state directory has"
+        return ""
+
+    def end(self) -> str:
+        """Return what is missing before the first line, or after the last."""
+        if self.start.seq and (self.start.seq, self.start.sha256) not in self.pruned:
+            return f"the lines 1 to {self.start.seq} are missing, and nothing says that they were pruned"
+        if self.told and self.told.seq > self.known.seq:
+            return f"the lines {self.known.seq + 1} to {self.told.seq} are missing at its end"
+        return ""
+
+
+def verify_audit(folder: Path, told: Position | None) -> tuple[int, str]:
+    """Return how many lines of the audit log in *folder* are whole, and what is wrong with the next, "" if nothing."""
+    chain = Chain(told)
+    for path in (*audit_files(folder), folder / "audit.jsonl"):
+        for number, (raw, line) in enumerate(entered_in(path), 1):
+            if problem := chain.add(f"{path.name} line {number}", raw, line):
+                return chain.count, problem
+    return chain.count, chain.end()
 
 
 def tokens_in(directory: Path) -> dict[str, Record]:
@@ -3524,6 +3795,78 @@ def household(sender: str) -> str:
         return sender
 
 
+class Notifier:
+    """Tells someone outside, by HTTP, what a human is to know of (see notice_of); a queue keeps what must wait.
+
+    The address of ntfy, with ntfy+ before it, gets a title and a text; any other the notice as JSON.
+    """
+
+    def __init__(self, store: Store, url: str, wanted: Container[str], after_s: float, token: str = "") -> None:
+        self.store, self.wanted, self.after_s = store, wanted, after_s
+        self.topic = urllib.parse.urlsplit(url).path.strip("/") if url.startswith("ntfy+") else ""
+        self.url = urllib.parse.urljoin(url.removeprefix("ntfy+"), "/") if self.topic else url
+        self.headers = {"Content-Type": "application/json", "User-Agent": f"kirosync/{__version__}"}
+        self.headers |= {"Authorization": f"Bearer {token}"} if token else {}
+        self.waiting: queue_of.Queue[Record] = queue_of.Queue(NOTICES)
+        self.counts = collections.Counter({"sent": 0, "failed": 0, "dropped": 0})
+        self.opener = urllib.request.build_opener(NoRedirect)
+
+    def consider(self, lines: Iterable[Line]) -> None:
+        """Queue what of the changes *lines* a human is to know."""
+        for line in lines:
+            entry = self.store.get("commands", line.id) if line.kind == "commands" and line.op == "put" else None
+            if entry and entry.content.status == line.status:
+                event, notice = notice_of(entry.record(line.id), self.after_s)
+                if event in self.wanted:
+                    self.enqueue(notice)
+
+    def enqueue(self, notice: Record) -> None:
+        try:
+            self.waiting.put_nowait(notice)
+        except queue_of.Full:
+            self.counts["dropped"] += 1
+            log.warning("%d notifications wait already; that of %s is dropped", NOTICES, notice["commandId"])
+
+    def work(self) -> None:
+        """Send what is queued, one after the other, until the store is closed."""
+        while not self.store.closed:
+            with contextlib.suppress(queue_of.Empty):
+                notice = self.waiting.get(timeout=SWEEP_S)
+                self.counts["sent" if self.insist(notice) else "failed"] += 1
+
+    def insist(self, notice: Record) -> bool:
+        """Send *notice*, and again if that fails; return whether it arrived."""
+        problem = ""
+        for pause in NOTIFY_PAUSES_S:
+            if self.store.closing.wait(pause):
+                break
+            try:
+                self.send(notice)
+                return True
+            except urllib.error.HTTPError as answer:
+                problem = f"it answers {answer.code}"
+                if answer.code not in (408, 429) and answer.code < 500:  # the same again will not do better
+                    break
+            except (OSError, http.client.HTTPException) as error:
+                problem = type(error).__name__ if isinstance(error, http.client.HTTPException) else str(error)
+        host = urllib.parse.urlsplit(self.url).hostname  # no more of it: an address may be a secret
+        log.warning("%s was not notified of %s: %s", host, notice["commandId"], problem)
+        return False
+
+    def send(self, notice: Record) -> None:
+        body = msgspec.json.encode(as_ntfy(self.topic, notice) if self.topic else notice)
+        request = urllib.request.Request(self.url, body, self.headers, method="POST")
+        with self.opener.open(request, timeout=NOTIFY_S) as answer:
+            answer.read(BLOCK_BYTES)
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Follows none: what is sent is for the address that was given, and for no other."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 class Service:
     """The routes, and the one plugin through which every request passes: token, errors, request id."""
 
@@ -3542,6 +3885,9 @@ class Service:
         self.keyring, self.host, self.port, self.execute_s = keyring, host, port, execute_s
         self.started, self.listening = time.monotonic(), 0
         self.opened: Store | None = None
+        self.audit: Audit | None = None
+        self.notifier: Notifier | None = None
+        self.accounting = threading.Lock()
         if store:
             self.begin(store)
         self.name_of_run = secrets.token_hex(4)  # and a number make the id of a request: no system call for each
@@ -3558,8 +3904,12 @@ class Service:
         for route in ROUTES:
             self.app.route(route.path, route.method, getattr(self, route.handler), scopes=route.scopes)
 
-    def begin(self, store: Store) -> None:
-        """Answer from *store* from now on; until then who wants it is told to come again."""
+    def begin(self, store: Store, audit: Audit | None = None, notifier: Notifier | None = None) -> None:
+        """Answer from *store* from now on, enter its changes in *audit*, and tell them to *notifier*.
+
+        Until then who asks is told to come again.
+        """
+        self.audit, self.notifier = audit, notifier
         self.told, self.open, self.listening = Told(store), Open(store), store.clock()
         self.editors = Editors(store, self.open)
         self.opened = store
@@ -3851,6 +4201,11 @@ class Service:
             ("disk_free_bytes", "gauge", [({}, free)]),
             ("disk_free_files", "gauge", [({}, files)]),
             ("requests_held", "gauge", [({}, self.gate.held.total())]),
+            ("audit_lines_total", "counter", [({}, self.audit.known.seq if self.audit else 0)]),
+            (
+                *("notifications_total", "counter"),
+                [({"result": each}, n) for each, n in (self.notifier.counts if self.notifier else {}).items()],
+            ),
             ("requests_without_token_total", "counter", [({}, self.gate.refused)]),
             (
                 *("requests_total", "counter"),
@@ -4272,12 +4627,31 @@ class Service:
     def tend(self) -> None:
         """Keep the journal short and the commands few, until the store is closed."""
         while not self.store.closed:
-            for work in (self.store.compact, self.retire, self.told.save, self.save_use, self.forget_agents):
+            for work in (self.compact, self.retire, self.told.save, self.save_use, self.forget_agents):
                 try:
                     work()
                 except (OSError, Refusal) as error:
                     log.warning("what is old must wait: %s", error)
             self.store.closing.wait(TEND_S)
+
+    def compact(self) -> None:
+        self.account()
+        self.store.compact(self.audit.place if self.audit else None)
+
+    def keep_account(self) -> None:
+        """Account for what changes, as it does, until the store is closed."""
+        while not self.store.closing.wait(AUDIT_S):
+            self.account()
+
+    def account(self) -> None:
+        """Enter what has changed in the audit log, and tell it to who is to be notified."""
+        with self.accounting:
+            try:
+                lines = self.audit.follow() if self.audit else []
+            except OSError as error:
+                return log.warning("the audit log must wait: %s", error)
+        if self.notifier:
+            self.notifier.consider(lines)
 
     def save_use(self) -> None:
         """Remember when each token was last used."""
@@ -4595,10 +4969,11 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
 PR_SET_DUMPABLE = 4  # prctl(2)
 M_ARENA_MAX = -8  # mallopt(3)
 SWITCH_S = 0.0005  # a thread that computes makes way for one that answers; 0.005 is Python's own
+TRUST = {"trusted_proxy_headers": {"x-forwarded-for"}, "clear_untrusted_proxy_headers": True}  # of a proxy of ours
 NOT_OPENED = "kirosync: the state directory {} cannot be opened: {}"
 
 
-def listen(service: Service, threads: int) -> Any:
+def listen(service: Service, threads: int, proxy: str = "") -> Any:
     """Return the server, bound to its address; end the program in one line if that cannot be."""
     try:
         server = waitress.server.create_server(
@@ -4612,6 +4987,7 @@ def listen(service: Service, threads: int) -> Any:
             channel_request_lookahead=1,  # else it cannot tell that a client has hung up
             max_request_body_size=BODY_BYTES + 1,  # it refuses what is as large as this
             ident="kirosync",
+            **(TRUST | {"trusted_proxy": proxy} if proxy else {}),
         )
     except OSError as error:
         sys.exit(
@@ -4637,23 +5013,14 @@ def settle_in() -> None:
 
 def serve(arguments: argparse.Namespace) -> None:
     settle_in()
-    state = Path(arguments.state).absolute()
-    keyring = Keyring(state, os.environ.get("KIROSYNC_TOKEN", ""))
-    try:
-        keyring.make()
-    except OSError as error:
-        sys.exit(NOT_OPENED.format(state, error))
-    if not keyring.known():
-        sys.exit(f"kirosync: {state / 'token'} is empty; remove it, and a new one is made")
-    limits = {"threads": arguments.threads, "execute_s": arguments.execute_timeout}
-    service = Service(None, keyring, arguments.host, arguments.port, **limits)
-    server = listen(service, arguments.threads)
+    service = service_of(arguments)
+    server = listen(service, arguments.threads, arguments.trusted_proxy)
     service.port = int(server.effective_port)
-    held = hold_service(state, f"http://{service.host}:{service.port}")
+    held = hold_service(service.keyring.directory, f"http://{service.host}:{service.port}")
     if held is None:
-        sys.exit(
-            f"kirosync: {state} is served already, by process {who_serves(state)}; there can be one service for it"
-        )
+        serving = who_serves(service.keyring.directory)
+        sys.exit(f"kirosync: {arguments.state} is served already, by process {serving}; one service is all it can have")
+    keep_access_log(log_folder(arguments))
     failed: list[Exception] = []
 
     def stop(*_: Any) -> None:
@@ -4664,19 +5031,53 @@ def serve(arguments: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     with contextlib.suppress(SystemExit):
-        threading.Thread(target=begin, args=(service, state, failed), daemon=True).start()
+        threading.Thread(target=begin, args=(service, arguments, failed), daemon=True).start()
         server.run()
     if failed:
-        sys.exit(NOT_OPENED.format(state, failed[0]))
+        sys.exit(NOT_OPENED.format(arguments.state, failed[0]))
     if service.opened:
         service.opened.close()
+        service.account()
+        with contextlib.suppress(OSError):  # the last minute of it may be missing
+            service.save_use()
 
 
-def begin(service: Service, state: Path, failed: list[Exception]) -> None:
+def service_of(arguments: argparse.Namespace) -> Service:
+    """Return the service, without its state, which is still to be read; end the program if nobody could ask it."""
+    state = Path(arguments.state).absolute()
+    keyring = Keyring(state, os.environ.get("KIROSYNC_TOKEN", ""))
+    try:
+        keyring.make()
+    except OSError as error:
+        sys.exit(NOT_OPENED.format(state, error))
+    if not keyring.known():
+        sys.exit(f"kirosync: {state / 'token'} is empty; remove it, and a new one is made")
+    limits = {"threads": arguments.threads, "execute_s": arguments.execute_timeout}
+    return Service(None, keyring, arguments.host, arguments.port, **limits)
+
+
+def log_folder(arguments: argparse.Namespace) -> Path:
+    return Path(arguments.log or f"{arguments.state}/log").absolute()
+
+
+def keep_access_log(folder: Path) -> None:
+    """Enter each request in the file access.log in *folder*, as a line of JSON."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    files = logging.handlers.RotatingFileHandler(folder / "access.log", "a", ACCESS_BYTES, ACCESS_FILES, delay=True)
+    files.setFormatter(logging.Formatter("%(message)s"))
+    access.addHandler(files)
+    access.setLevel(logging.INFO)
+    access.propagate = False
+    logging.raiseExceptions = False  # a log that cannot be written is no reason to tell each time
+
+
+def begin(service: Service, arguments: argparse.Namespace, failed: list[Exception]) -> None:
     """Open the state directory for *service*, which listens already, and do what is done beside its requests."""
     gc.disable()
+    state = Path(arguments.state).absolute()
     try:
         store = Store(state)
+        audit = Audit(store, log_folder(arguments))
     except Exception as error:  # whatever it was: a service that never has its state is none
         failed.append(error)
         log.debug("%s cannot be opened", state, exc_info=True)
@@ -4684,8 +5085,11 @@ def begin(service: Service, state: Path, failed: list[Exception]) -> None:
         return
     gc.freeze()  # what was read stays: to look at all of it again and again would hold up every request
     gc.enable()
-    service.begin(store)
-    for work in (store.follow, service.sweep, service.tend):
+    about = arguments.notify, arguments.notify_on, arguments.notify_after, os.environ.get("KIROSYNC_NOTIFY_TOKEN", "")
+    notifier = Notifier(store, *about) if arguments.notify else None
+    service.begin(store, audit, notifier)
+    works = [store.follow, service.sweep, service.tend, service.keep_account, *([notifier.work] if notifier else [])]
+    for work in works:
         threading.Thread(target=go_on, args=(work, store.closing), daemon=True).start()
     log.info("kirosync %s on http://%s:%s, state in %s", __version__, service.host, service.port, store.directory)
 
@@ -4749,6 +5153,15 @@ def list_tokens(arguments: argparse.Namespace) -> None:
         print(f"{name:20} {row['scope']:7} {expires}, {last}")
 
 
+def check_audit(arguments: argparse.Namespace) -> None:
+    """Say whether the audit log is whole; end with 1 if not, and name the first line that is not as it was."""
+    folder, told = log_folder(arguments), audited_in(Path(arguments.state))
+    count, problem = verify_audit(folder, told)
+    if problem:
+        sys.exit(f"kirosync: {folder}: {problem}")
+    print(f"{count} lines, each as it was written" + ("" if told else "; whether more were there cannot be told"))
+
+
 @contextlib.contextmanager
 def opened(state: str) -> Iterator[Store]:
     """Give the store of *state*, for what is no record; who is refused is told so in one line."""
@@ -4769,6 +5182,21 @@ def act_as_owner(state: Path) -> None:
         os.setgroups([])
         os.setresgid(owner.st_gid, owner.st_gid, owner.st_gid)
         os.setresuid(owner.st_uid, owner.st_uid, owner.st_uid)
+
+
+def http_url(text: str) -> str:
+    if text and not re.fullmatch(r"(ntfy\+)?https?://[^/\s]+(/\S*)?", text):
+        raise argparse.ArgumentTypeError("it is neither http(s)://... nor ntfy+https://HOST/TOPIC")
+    if text.startswith("ntfy+") and not urllib.parse.urlsplit(text).path.strip("/"):
+        raise argparse.ArgumentTypeError("ntfy+https://HOST/TOPIC wants a topic")
+    return text
+
+
+def event_names(text: str) -> frozenset[str]:
+    names = frozenset(filter(None, text.split(",")))
+    if unknown := names - {"asked", "failed", "long"}:
+        raise argparse.ArgumentTypeError(f"{min(unknown)!r} is not one of asked, failed, long")
+    return names
 
 
 def token_name(text: str) -> str:
@@ -4820,6 +5248,7 @@ class Subcommand(NamedTuple):
 
 
 STATE = Option("--state", "directory", str(Path(__file__).absolute().with_name("state")))
+LOG = Option("--log", "directory of the logs; STATE/log", "")
 JSON = Option("--json", "as JSON", more={"action": "store_true"})
 SUBCOMMANDS = (
     Subcommand(
@@ -4828,6 +5257,13 @@ SUBCOMMANDS = (
             Option("--host", "address", "127.0.0.1"),
             Option("--port", "port", "3001", {"type": port_number}),
             Option("--execute-timeout", "for what an IDE executes", f"{EXECUTE_S:.0f}", {"type": positive_seconds}),
+            LOG,
+            Option("--trusted-proxy", "address of the proxy before it, which tells who asks; none", ""),
+            Option("--notify", "URL to be told of what happens, or ntfy+URL of a topic; none", "", {"type": http_url}),
+            Option("--notify-on", "what it is told of", "asked,failed,long", {"type": event_names}),
+            Option(
+                "--notify-after", "s of running, which is long", f"{NOTIFY_AFTER_S:.0f}", {"type": positive_seconds}
+            ),
             Option("--threads", "requests at once; a held one counts", f"{THREADS}", {"type": int}),
         ),
     ),
@@ -4840,6 +5276,7 @@ SUBCOMMANDS = (
         ),
     ),
     Subcommand("token list", list_tokens, "show the tokens, and when each was last used", (JSON,)),
+    Subcommand("audit verify", check_audit, "look whether the audit log is as it was written", (LOG,)),
     Subcommand("token revoke", revoke_token, "turn away who has a token, at once", (Option("name", "whose it was"),)),
 )
 

@@ -17,6 +17,7 @@ collect_ignore = ["seed"]  # clients to be run, not modules to be imported
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "test-token"
+ADMIN = kirosync.Token("admin", "admin")  # who may do everything
 
 
 class Clock:
