@@ -636,10 +636,10 @@ say_how_to_go_on() {
 # Print what starts the service and the agent where there is no systemd.
 command_lines() {
   local run='setpriv --reset-env --init-groups --no-new-privs' at=/opt/kirosync/current
-  echo "  $run --reuid=kirosync --regid=kirosync env \$(grep ^KIROSYNC_ /etc/kirosync/kirosync.env)" \
+  echo "  $run --reuid=kirosync --regid=kirosync env \$(grep '^KIROSYNC_' /etc/kirosync/kirosync.env)" \
     "$at/.venv/bin/python $at/kirosync.py serve"
   if [ "$agent" = none ]; then return; fi
-  echo "  $run --reuid=$agent_user --regid=$(with_group "$agent_user" | cut -d : -f 2) env \$(grep ^[A-Z] /etc/kirosync/agent.env)" \
+  echo "  $run --reuid=$agent_user --regid=$(with_group "$agent_user" | cut -d : -f 2) env \$(grep '^[A-Z]' /etc/kirosync/agent.env)" \
     "$at/.venv/bin/python $at/agent.py --server http://$address --token-file /etc/kirosync/agent.token"
   if [ "$agent" = confined ]; then echo "Nothing confines the agent there: it may do what $agent_user may."; fi
 }

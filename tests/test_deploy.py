@@ -7,7 +7,6 @@ import pty
 import re
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def copy_of_checkout(folder):
 
 
 def changed(checkout, name="agent.py", line="# changed"):
-    """Add a line at the end of the docstring's imports of a program, so that it is another release."""
+    """Have a program of *checkout* begin with *line*, so that it is another release."""
     path = checkout / name
     first = "from __future__ import annotations\n"
     path.write_text(path.read_text().replace(first, f"{first}{line}\n", 1))
@@ -316,14 +315,6 @@ def test_a_confined_agent_cannot_be_given_a_home_folder(installed):
     assert installed.tree() == before
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="wants root, to be another user")
-def test_a_folder_can_be_filled_without_root_and_a_machine_cannot(built, tmp_path):
-    subprocess.run(
-        ["chmod", "755", *map(str, [tmp_path, *list(tmp_path.parents)[:2], *built.root.parents][:-2])], check=False
-    )
-    pytest.skip("see the machine")
-
-
 # The units
 
 
@@ -465,8 +456,10 @@ CADDYFILE = """{
 	default_bind 127.0.0.1
 }
 """
-ASK = 'ask() { curl -sS --max-time 70 -H "Authorization: Bearer $(cat /root/token)" -H "Content-Type: application/json" "$@"; }\n'
-HERE = "http://127.0.0.1:3001"
+ASK = """ask() { curl -sS --max-time 70 --cacert /var/lib/caddy/.local/share/caddy/pki/authorities/local/root.crt \\
+    -H "Authorization: Bearer $(cat /root/token)" -H "Content-Type: application/json" "$@"; }
+"""
+HERE, OUTSIDE = "http://127.0.0.1:3001", "https://localhost"
 
 
 def run_on(machine, command):
@@ -515,10 +508,13 @@ def test_an_upgrade_restarts_and_keeps_the_state(machine):
 
 def test_a_release_that_fails_only_in_its_place_is_rolled_back(machine):
     before = machine.does("readlink /opt/kirosync/current; cat /etc/systemd/system/kirosync*.service /etc/kirosync/*")
-    machine.does("""cd /root/checkout && cp -r . /root/broken && cd /root/broken && sed -i \\
-        -e '/^from __future__/a import os, sys' \\
-        -e '/^from __future__/a if "/lib/" in os.environ.get("KIROSYNC_STATE", ""): sys.exit("cannot read this state")' \\
-        kirosync.py && sed -i 's/^Description=/&broken /' deploy/kirosync.service""")
+    machine.does(
+        "cp -r /root/checkout /root/broken && cd /root/broken && sed -i 's/^Description=/&broken /' deploy/*.service"
+    )
+    defect = (
+        'if "/lib/" in __import__("os").environ.get("KIROSYNC_STATE", ""): raise SystemExit("cannot read this state")'
+    )
+    machine.does('sed -i "/^from __future__/a $1" /root/broken/kirosync.py', defect)
     ran = machine.call("cd /root/broken && VENV=/root/venv ./install.sh upgrade")
     assert ran.returncode == 1
     assert "cannot read this state" in ran.stderr
@@ -539,29 +535,20 @@ def test_a_rollback_runs_the_release_before(machine):
 
 @pytest.mark.skipif(not shutil.which("caddy"), reason="wants caddy")
 def test_a_long_poll_through_caddy_answers_when_something_changes(machine):
-    outside = "https://localhost"
-    secure = f"{ASK} ask() {{ command curl -sS --max-time 70 --cacert /var/lib/caddy/.local/share/caddy/pki/authorities/local/root.crt "
-    secure += '-H "Authorization: Bearer $(cat /root/token)" -H "Content-Type: application/json" "$@"; }\n'
-    until(lambda: machine.call(f"{secure} ask {outside}/health").returncode == 0, 15, 0.2)
-    cursor = json.loads(machine.does(f"{secure} ask '{outside}/sync?only=documents'"))["cursor"]
-    waiting = subprocess.Popen(
-        [
-            *machine.enter,
-            "bash",
-            "-c",
-            f"{secure} ask -w '\\n%{{time_total}}' '{outside}/sync?only=documents&wait=50&since={cursor}'",
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    until(lambda: machine.call(f"{ASK} ask {OUTSIDE}/health").returncode == 0, 15, 0.2)
+    cursor = json.loads(machine.does(f"{ASK} ask '{OUTSIDE}/sync?only=documents'"))["cursor"]
+    poll = f"ask -w '\\n%{{time_total}}' '{OUTSIDE}/sync?only=documents&wait=50&since={cursor}'"
+    waiting = subprocess.Popen([*machine.enter, "bash", "-c", ASK + poll], stdout=subprocess.PIPE, text=True)
     time.sleep(31)  # what a proxy with a limit of 30 s would have cut
     assert waiting.poll() is None
     order = '{"documents": {"news": {"content": "x", "timestamp": 2}}}'
-    assert json.loads(machine.does(f'{secure} ask -d "$1" {outside}/sync', order))["data"]["documents"]["news"]
+    answer = machine.does(f'{ASK} ask --interface 127.0.0.2 -d "$1" {OUTSIDE}/sync', order)
+    assert json.loads(answer)["data"]["documents"]["news"]
     answer, took = waiting.communicate(timeout=5)[0].rsplit("\n", 1)
     assert "news" in json.loads(answer)["documents"]
-    assert 31 <= float(took) < 34
+    assert 30 < float(took) < 34
     print(f"a long poll through Caddy was held for {took} s")
+    assert "127.0.0.2" in machine.does("cat /var/log/kiro-sync/access.log")  # who asked Caddy
 
 
 def test_uninstall_on_a_machine_ends_what_runs_and_purge_takes_the_users(machine):
@@ -572,9 +559,8 @@ def test_uninstall_on_a_machine_ends_what_runs_and_purge_takes_the_users(machine
     machine.does(f"{INSTALL} install && {INSTALL} status")
     assert "kept" in machine.does(f"{ASK} ask {HERE}/sync")
     machine.does(f"{INSTALL} uninstall --purge --yes")
-    left = "ls -d /etc/kirosync /var/lib/kirosync* /var/log/kiro-sync /opt/kirosync /etc/systemd/system/kirosync* /var/backups/kirosync"
-    assert machine.call(f"{left} 2>/dev/null; getent passwd kirosync kirosync-agent").stdout == ""
-
-
-def test_python():
-    assert sys.version_info
+    left = machine.call(
+        "find / -xdev -name '*kiro*sync*' -not -path '/tmp/*' -not -path '/root/*' -not -path '/work/*'"
+    )
+    assert [path for path in left.stdout.split() if not path.startswith(str(ROOT))] == []
+    assert machine.call("getent passwd kirosync kirosync-agent").stdout == ""
