@@ -2920,8 +2920,11 @@ class Audit:
 
     def follow(self) -> list[Line]:
         """Enter what is new in the journal, durably, and return it; raise OSError, and then it is for the next time."""
-        place = self.journal.tell()
-        lines = [line for line in self.read() if line.revision > self.known.revision and line.op in AUDITED]
+        place, lines = self.journal.tell(), [Line(self.known.revision, 0, 0, "", "", "")]
+        for line in self.read():
+            if line.op in AUDITED and line.revision > lines[-1].revision:  # it may be in the next journal too
+                lines.append(line)
+        del lines[0]
         try:
             for start in range(0, len(lines), AUDIT_LINES):
                 self.enter(lines[start : start + AUDIT_LINES])
@@ -2987,6 +2990,9 @@ class Audit:
             self.append(text + b"\n")
             self.known = Position(self.known.seq + 1, digest(text), self.known.revision)
             old.unlink()
+
+    def close(self) -> None:
+        self.journal.close()
 
 
 AUDITED = ("put", "delete", "archive", "quarantine", "add", "revoke", "restore")  # the ops that are changes to someone

@@ -54,7 +54,7 @@ class Process:
 class Server(Process):
     """The service on a port of its own."""
 
-    def __init__(self, state, log, *arguments):
+    def __init__(self, state, log, *arguments, environment=None):
         super().__init__(
             "kirosync.py",
             "serve",
@@ -63,7 +63,7 @@ class Server(Process):
             "--state",
             state,
             *arguments,
-            environment={"KIROSYNC_TOKEN": TOKEN},
+            environment={"KIROSYNC_TOKEN": TOKEN, **(environment or {})},
             log=log,
         )
         self.session = requests.Session()

@@ -104,3 +104,15 @@ def test_the_metadata_at_the_top_names_what_requirements_txt_does(name):
     metadata = tomllib.loads(re.sub("^# ", "", block, flags=re.MULTILINE))
     listed = {line.split()[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if line[:1].isalpha()}
     assert set(metadata["dependencies"]) <= listed
+
+
+def test_every_claim_of_the_threat_model_names_a_test_that_exists():
+    defined = {
+        node.name
+        for path in (ROOT / "tests").glob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    named = re.findall(r"`(test_\w+)`", (ROOT / "docs" / "security.md").read_text())
+    assert len(named) > 30
+    assert not set(named) - defined
