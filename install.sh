@@ -16,6 +16,7 @@
 #   ./install.sh upgrade [OPTIONS]     the same where it is installed: the code here, if it proves healthy
 #   ./install.sh rollback              back to the release before
 #   ./install.sh status                what is installed, and whether it is healthy
+#   ./install.sh admin ARGS            kirosync.py ARGS on the installed state, as its user: admin token add phone ...
 #   ./install.sh uninstall [--purge]   takes it away, but for settings, state and logs; --purge (which asks, or wants
 #                                      --yes) takes those, too
 #
@@ -134,6 +135,25 @@ on_server() {
   local command=$1
   shift
   options "$@"
+  places
+  [ -n "$root" ] || [ "$(id -u)" = 0 ] || fail "this wants root: sudo ./install.sh $command"
+  [ "$command" = install ] || [ -d "$etc" ] || fail "kirosync is not installed here"
+  "$command"
+  if [ -n "$dry_run" ]; then echo "This was a dry run: nothing of it was done."; fi
+}
+
+# Run the installed kirosync.py with $@, as the service's user and on its state.
+admin() {
+  options --agent none
+  places
+  decide
+  release=$(current)
+  [ -n "$release" ] || fail "kirosync is not installed here"
+  in_release "$@"
+}
+
+# Name what lies where; $root is DESTDIR, or nothing.
+places() {
   here=$PWD
   root=${DESTDIR:+$(realpath -m "$DESTDIR")}
   code=$root/opt/kirosync
@@ -143,10 +163,6 @@ on_server() {
   backups=$root/var/backups/kirosync
   home=/var/lib/kirosync-agent
   umask 022
-  [ -n "$root" ] || [ "$(id -u)" = 0 ] || fail "this wants root: sudo ./install.sh $command"
-  [ "$command" = install ] || [ -d "$etc" ] || fail "kirosync is not installed here"
-  "$command"
-  if [ -n "$dry_run" ]; then echo "This was a dry run: nothing of it was done."; fi
 }
 
 # Take the arguments: what is to be kept into the array chosen, the rest into dry_run, purge and yes.
@@ -386,7 +402,9 @@ TEXT
     ensure_file "$etc/kirosync.env" 640 root:kirosync < <(render "$here/deploy/kirosync.env")
   fi
   ensure_setting KIROSYNC_PORT "$port"
-  if [ -n "$domain" ]; then ensure_setting KIROSYNC_TRUSTED_PROXY "$(setting kirosync.env KIROSYNC_TRUSTED_PROXY 127.0.0.1)"; fi
+  if [ -n "$domain" ] && ! grep -qs ^KIROSYNC_TRUSTED_PROXY= "$etc/kirosync.env"; then
+    ensure_setting KIROSYNC_TRUSTED_PROXY 127.0.0.1
+  fi
   if [ "$agent" != none ] && [ ! -e "$etc/agent.env" ]; then
     ensure_file "$etc/agent.env" 640 root:root < <(render "$here/deploy/agent.env")
   fi
@@ -429,7 +447,7 @@ ensure_release() {
 
 make_release() {
   local python
-  python=$(PYTHON=${PYTHON:-/usr/bin/python3 /usr/bin/python3.14 /usr/bin/python3.13 /usr/bin/python3.12 /usr/bin/python3.11 python3} find_python)
+  python=$(PYTHON=${PYTHON:-/usr/bin/python3 $(compgen -G '/usr/bin/python3.1[1-9]' || true) python3} find_python)
   if is_machine && [[ $("$python" -c 'import sys; print(sys.base_prefix)')/ =~ ^/(home|root)/ ]]; then
     fail "$python lies in a home folder, out of the reach of other users: apt install python3, or set PYTHON"
   fi
@@ -439,8 +457,8 @@ make_release() {
     cp -a --no-preserve=ownership "$VENV" "$unfinished/.venv"
   else
     make_venv "$python" "$unfinished/.venv"
-    "$unfinished/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$unfinished/requirements.txt" ||
-      fail "pip could not install requirements.txt; see above"
+    "$unfinished/.venv/bin/python" -m pip install --quiet --disable-pip-version-check ${root:+--no-cache-dir} \
+      -r "$unfinished/requirements.txt" || fail "pip could not install requirements.txt; see above"
   fi
   chmod -R a+rX,go-w "$unfinished"
 }
@@ -452,10 +470,11 @@ try_release() {
 
 # Back the state up, if the release that runs knows how to; the last three are kept.
 back_up() {
-  local program=("$code/current/.venv/bin/python" "$code/current/kirosync.py") file=$backups/before-release-$release.tar.gz outdated
-  "${program[@]}" backup --help >/dev/null 2>&1 || return 0
+  local file=$backups/before-release-$release.tar.gz outdated
+  "$code/current/.venv/bin/python" "$code/current/kirosync.py" backup --help >/dev/null 2>&1 || return 0
   ensure_folder "$backups" 700 kirosync:kirosync
-  change "back the state up: $file" as kirosync "${program[@]}" backup "$file" --state "$root$state"
+  ensure_gone "$file"
+  change "back the state up: $file" in_release backup "$file"
   mapfile -t outdated < <(find "$backups" -name 'before-release-*' 2>/dev/null | sort -V | head -n -3)
   ensure_gone "${outdated[@]}"
 }
@@ -471,25 +490,17 @@ ensure_agent_token() {
 
 put_agent_token() {
   local token
-  if has_token agent; then in_release token revoke agent --state "$root$state" 2>/dev/null; fi # whose secret is gone
-  token=$(new_token agent agent)
+  if [[ $(who_has_tokens) == *'"agent"'* ]]; then in_release token revoke agent 2>/dev/null; fi # its secret is gone
+  token=$(in_release token add agent --scope agent 2>/dev/null)
   put "$etc/agent.token" 400 "$(with_group "$agent_user")" "$token"
 }
 
-# Print a new token for the name $1, with the scope $2.
-new_token() { in_release token add "$1" --scope "$2" --state "$root$state" 2>/dev/null; }
+who_has_tokens() { in_release token list --json | grep -o '^  "[^"]*": {' || true; }
 
-# Say whether there is a token for the name $1.
-has_token() {
-  local tokens
-  tokens=$(in_release token list --json --state "$root$state") || fail "the tokens in $root$state cannot be read"
-  [[ $tokens == *"\"$1\": {"* ]]
-}
-
-# Run the kirosync.py of $release with $@, as the service's user.
+# Run the kirosync.py of $release with $@, as the service's user and on its state.
 in_release() {
   local folder=$code/releases/$release
-  as kirosync "$folder/.venv/bin/python" "$folder/kirosync.py" "$@"
+  as kirosync env KIROSYNC_STATE="$root$state" KIROSYNC_LOG="$root$log" "$folder/.venv/bin/python" "$folder/kirosync.py" "$@"
 }
 
 # Make $release the one that runs; if it does not become healthy, give $old back and fail.
@@ -553,6 +564,7 @@ ensure_stopped() {
   [ -e "$units/$1.service" ] || return 0
   if has_systemd; then change "stop $1" systemctl disable --quiet --now "$1"; fi
   ensure_gone "$units/$1.service" "$units/$1.service.d/confined.conf"
+  if [ -d "$units/$1.service.d" ] && [ -z "$(ls -A "$units/$1.service.d")" ]; then ensure_gone "$units/$1.service.d"; fi
 }
 
 # Wait until the service is healthy; give up when it has ended, or after a minute.
@@ -627,9 +639,9 @@ say_how_to_go_on() {
     echo "There is no systemd here to start and restart it. Have your supervisor run, as root (it gives that up at once):"
     command_lines
   fi
-  if ! has_token admin; then
+  if [[ $(who_has_tokens) =~ ^(\ *\"agent\":\ \{)?$ ]]; then # nobody else could ask anything
     echo "The service is at http://$address${domain:+, and for others at https://$domain}. The token of its admin, shown this once:"
-    new_token admin admin
+    in_release token add admin --scope admin 2>/dev/null
   fi
 }
 
@@ -645,15 +657,17 @@ command_lines() {
 }
 
 status() {
+  local health
   decide
   [ -n "$(current)" ] || fail "kirosync is not installed here"
+  health=$(health)
   echo "release   $(current), of $(releases | paste -s -d ' '), in /opt/kirosync"
-  echo "service   $(health), http://$address${domain:+, https://$domain}"
+  echo "service   $health, http://$address${domain:+, https://$domain}"
   echo "agent     $(what_the_agent_may)"
   echo "settings  /etc/kirosync"
   echo "state     $state"
   echo "logs      $log$(has_systemd && echo ", journalctl -u kirosync -u kirosync-agent")"
-  [ -z "$(is_machine && health | grep -v ^healthy)" ]
+  [ "$health" != "not healthy" ]
 }
 
 health() {
@@ -681,7 +695,6 @@ uninstall() {
   alone
   ensure_stopped kirosync-agent
   ensure_stopped kirosync
-  rmdir "$units"/kirosync{,-agent}.service.d 2>/dev/null || true
   if has_systemd; then change "have systemd read its units" systemctl daemon-reload; fi
   ensure_no_caddy
   ensure_gone "$code"
@@ -695,8 +708,7 @@ uninstall() {
 
 confirm_purge() {
   local answer=''
-  if [ -z "$purge$dry_run" ] || [ -n "$yes$dry_run" ]; then return; fi
-  [ -n "$purge" ] || return 0
+  if [ -z "$purge" ] || [ -n "$yes$dry_run" ]; then return; fi
   if [ -t 0 ]; then read -r -p "All state, logs, backups and settings of kirosync go for good. Type purge to go on: " answer; fi
   [ "$answer" = purge ] || fail "nothing was removed: --purge wants the answer purge, or --yes"
 }
@@ -723,6 +735,7 @@ main() {
     run) run_both ;;
     test) shift && run_tests "$@" ;;
     install | upgrade | rollback | status | uninstall) on_server "$@" ;;
+    admin) shift && admin "$@" ;;
     help | -h | --help) usage ;;
     *) usage >&2 && fail "there is no '$1'" ;;
   esac

@@ -490,6 +490,35 @@ def test_to_install_again_on_a_machine_restarts_nothing(machine):
     assert machine.does("cat /run/units/*.pid") == pids
 
 
+def test_a_folder_is_filled_without_root(machine):
+    machine.does("mkdir /tmp/mine && cp -r /root/checkout /root/venv /tmp/mine && chown -R nobody: /tmp/mine")
+    nobody = "setpriv --reuid=nobody --regid=nogroup --clear-groups env HOME=/nonexistent VENV=/tmp/mine/venv"
+    fill = f"cd / && {nobody} DESTDIR=/tmp/mine/root /tmp/mine/checkout/install.sh"
+    assert "switch to release 1" in machine.does(f"{fill} install")
+    assert "nothing: all" in machine.does(f"{fill} install")
+    machine.does(f"{fill} uninstall --purge --yes")
+    said = machine.call(f"cd / && {nobody} /tmp/mine/checkout/install.sh install").stderr
+    assert said == "install.sh: this wants root: sudo ./install.sh install\n"
+
+
+def test_an_agent_that_does_not_start_is_said(machine):
+    machine.does("cd /etc/kirosync && echo nonsense >policy.toml && echo KIROSYNC_POLICY=$PWD/policy.toml >>agent.env")
+    ran = machine.call(f"{INSTALL} install")
+    assert ran.returncode == 1
+    assert "the policy cannot be followed" in ran.stderr
+    assert ran.stderr.endswith("the service or the agent is not healthy; what they said is above\n")
+    machine.does("rm /etc/kirosync/policy.toml; sed -i /POLICY/d /etc/kirosync/agent.env")
+    machine.does(f"{INSTALL} install")
+
+
+def test_tokens_are_made_on_the_installed_state(machine):
+    token = machine.does(f"{INSTALL} admin token add phone --scope client").strip()
+    asked = f"curl -s -o /dev/null -w %{{http_code}} -H 'Authorization: Bearer {token}' {HERE}/sync"
+    assert machine.does(asked) == "200"
+    machine.does(f"{INSTALL} admin token revoke phone")
+    assert machine.does(asked) == "401"
+
+
 def test_a_changed_setting_restarts_what_it_is_for(machine):
     pids = machine.does("cat /run/units/*.pid")
     machine.does("echo KIROSYNC_EXECUTE_TIMEOUT=60 >>/etc/kirosync/kirosync.env")
@@ -502,6 +531,13 @@ def test_an_upgrade_restarts_and_keeps_the_state(machine):
     said = machine.does(f"sed -i '$a # changed' /root/checkout/agent.py && {INSTALL} upgrade")
     assert "switch to release 2" in said
     assert "start kirosync-agent" in said
+    if (
+        machine.call(
+            "/opt/kirosync/current/.venv/bin/python /opt/kirosync/current/kirosync.py backup --help"
+        ).returncode
+        == 0
+    ):
+        assert "before-release-2.tar.gz" in machine.does("ls /var/backups/kirosync")
     assert run_on(machine, "echo works") == "works\n"
     assert '"kept"' in machine.does(f"{ASK} ask {HERE}/sync")
 
