@@ -147,9 +147,8 @@ admin() {
   options --agent none
   places
   decide
-  release=$(current)
-  [ -n "$release" ] || fail "kirosync is not installed here"
-  in_release "$@"
+  [ -n "$(current)" ] || fail "kirosync is not installed here"
+  in_release "$(current)" "$@"
 }
 
 # Name what lies where; $root is DESTDIR, or nothing.
@@ -474,7 +473,7 @@ back_up() {
   "$code/current/.venv/bin/python" "$code/current/kirosync.py" backup --help >/dev/null 2>&1 || return 0
   ensure_folder "$backups" 700 kirosync:kirosync
   ensure_gone "$file"
-  change "back the state up: $file" in_release backup "$file"
+  change "back the state up: $file" in_release "$old" backup "$file"
   mapfile -t outdated < <(find "$backups" -name 'before-release-*' 2>/dev/null | sort -V | head -n -3)
   ensure_gone "${outdated[@]}"
 }
@@ -490,17 +489,18 @@ ensure_agent_token() {
 
 put_agent_token() {
   local token
-  if [[ $(who_has_tokens) == *'"agent"'* ]]; then in_release token revoke agent 2>/dev/null; fi # its secret is gone
-  token=$(in_release token add agent --scope agent 2>/dev/null)
+  if [[ $(who_has_tokens) == *'"agent"'* ]]; then in_release "$release" token revoke agent 2>/dev/null; fi # its secret is gone
+  token=$(in_release "$release" token add agent --scope agent 2>/dev/null)
   put "$etc/agent.token" 400 "$(with_group "$agent_user")" "$token"
 }
 
-who_has_tokens() { in_release token list --json | grep -o '^  "[^"]*": {' || true; }
+who_has_tokens() { in_release "$release" token list --json | grep -o '^  "[^"]*": {' || true; }
 
-# Run the kirosync.py of $release with $@, as the service's user and on its state.
+# Run the kirosync.py of release $1 with ${@:2}, as the service's user and on its state.
 in_release() {
-  local folder=$code/releases/$release
-  as kirosync env KIROSYNC_STATE="$root$state" KIROSYNC_LOG="$root$log" "$folder/.venv/bin/python" "$folder/kirosync.py" "$@"
+  local folder=$code/releases/$1
+  as kirosync env KIROSYNC_STATE="$root$state" KIROSYNC_LOG="$root$log" \
+    "$folder/.venv/bin/python" "$folder/kirosync.py" "${@:2}"
 }
 
 # Make $release the one that runs; if it does not become healthy, give $old back and fail.
@@ -640,8 +640,9 @@ say_how_to_go_on() {
     command_lines
   fi
   if [[ $(who_has_tokens) =~ ^(\ *\"agent\":\ \{)?$ ]]; then # nobody else could ask anything
-    echo "The service is at http://$address${domain:+, and for others at https://$domain}. The token of its admin, shown this once:"
-    in_release token add admin --scope admin 2>/dev/null
+    echo "The service is at http://$address${domain:+, and for others at https://$domain}."
+    echo "The token of its admin, shown this once:"
+    in_release "$release" token add admin --scope admin 2>/dev/null
   fi
 }
 
@@ -651,7 +652,8 @@ command_lines() {
   echo "  $run --reuid=kirosync --regid=kirosync env \$(grep '^KIROSYNC_' /etc/kirosync/kirosync.env)" \
     "$at/.venv/bin/python $at/kirosync.py serve"
   if [ "$agent" = none ]; then return; fi
-  echo "  $run --reuid=$agent_user --regid=$(with_group "$agent_user" | cut -d : -f 2) env \$(grep '^[A-Z]' /etc/kirosync/agent.env)" \
+  echo "  $run --reuid=$agent_user --regid=$(with_group "$agent_user" | cut -d : -f 2)" \
+    "env \$(grep '^[A-Z]' /etc/kirosync/agent.env)" \
     "$at/.venv/bin/python $at/agent.py --server http://$address --token-file /etc/kirosync/agent.token"
   if [ "$agent" = confined ]; then echo "Nothing confines the agent there: it may do what $agent_user may."; fi
 }
@@ -709,7 +711,9 @@ uninstall() {
 confirm_purge() {
   local answer=''
   if [ -z "$purge" ] || [ -n "$yes$dry_run" ]; then return; fi
-  if [ -t 0 ]; then read -r -p "All state, logs, backups and settings of kirosync go for good. Type purge to go on: " answer; fi
+  if [ -t 0 ]; then
+    read -r -p "All state, logs, backups and settings of kirosync go for good. Type purge to go on: " answer
+  fi
   [ "$answer" = purge ] || fail "nothing was removed: --purge wants the answer purge, or --yes"
 }
 

@@ -385,7 +385,7 @@ class Machine:
         here = ROOT / "tests" / "machine"
         spaces = ["--mount", "--pid", "--fork", "--net", "--ipc", "--uts", "--kill-child"]
         self.popen = subprocess.Popen(
-            ["unshare", *spaces, here / "boot", folder, here],
+            ["setpriv", "--pdeathsig", "KILL", "unshare", *spaces, here / "boot", folder, here],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
