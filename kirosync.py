@@ -4083,8 +4083,8 @@ class Service:
         until = time.monotonic() + seconds
         if seconds <= 0:
             return True
-        channel, token = (bottle.request.environ.get(f"kirosync.{name}") for name in ("channel", "token"))
-        with self.gate.place(token) as free:
+        channel = bottle.request.environ.get("kirosync.channel")
+        with self.gate.place(bottle.request.environ.get("kirosync.token")) as free:
             if not free:
                 return False
             with channel.parked() if channel else contextlib.nullcontext():
@@ -4092,7 +4092,6 @@ class Service:
                     with self.door:
                         time.sleep(max(0.0, self.last_left + PACE_S - time.monotonic()))
                         self.last_left = time.monotonic()
-        self.gate.still(token, time.time_ns() // 1_000_000)
         return True
 
     def wait_until(
@@ -4102,6 +4101,7 @@ class Service:
         waited = False
         while not self.store.closed and (left := until - time.monotonic()) > 0:
             revision = self.store.revision
+            self.gate.still(bottle.request.environ.get("kirosync.token"), time.time_ns() // 1_000_000)
             if ready():
                 return waited
             if channel and channel.has_hung_up():

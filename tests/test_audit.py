@@ -205,7 +205,20 @@ def test_nothing_is_entered_twice_when_the_crash_came_before_the_position_was_ke
     assert verify(state).returncode == 0
 
 
-def test_a_journal_that_is_compacted_takes_nothing_from_the_log(store, state, audit, monkeypatch):
+def test_a_log_that_was_cut_while_nothing_ran_is_not_continued_as_if_whole(store, state, audit, begun, caplog):
+    change(store, "a", "b", "c")
+    audit.follow()
+    path = state / "log" / "audit.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:1]))
+    after = begun(store)
+    change(store, "d")
+    after.follow()
+    assert "the audit log has lost the lines 2 to 3" in caplog.text
+    assert [line["seq"] for line in entered(state / "log")] == [1, 4]
+    assert "line 2 is number 4 where 2 should be" in verify(state).stderr
+
+
+def test_a_journal_that_is_compacted_takes_nothing_from_the_log(store, state, audit, begun, monkeypatch):
     monkeypatch.setattr(kirosync, "SLACK_LINES", 0)
     for number in range(20):
         store.change(lambda pen, number=number: pen.put("documents", "d", {"content": str(number), "timestamp": 1}))
@@ -214,7 +227,7 @@ def test_a_journal_that_is_compacted_takes_nothing_from_the_log(store, state, au
     assert store.compact(audit.place)
     assert store.compact(audit.place) is False  # it is another file, which has not been looked at
     change(store, "last")
-    audit.follow()
+    begun(store).follow()  # the service was killed before it had read the rest of the journal that was
     assert [line["id"] for line in entered(state / "log")] == ["d"] * 20 + ["last"]
 
 
