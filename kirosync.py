@@ -1972,6 +1972,10 @@ class Pen:
         self.files[path] = File(path, f"{self.store.directory}/.tokens.json.{os.getpid()}"), [text]
         self._enter("tokens", name, "add" if token else "revoke")
 
+    def mark(self, kind: str, identity: str, op: str) -> None:
+        """Enter in the journal what is no change of a record, for who accounts for it."""
+        self._enter(kind, identity, op)
+
     def touch(self, moment: float) -> None:
         """Move lastUpdate to *moment* (ms), forwards only."""
         if moment > self.last_update:
@@ -3486,8 +3490,8 @@ def remove_deserted(folders: Iterable[Path]) -> None:
 @contextlib.contextmanager
 def as_owner(directory: Path) -> Iterator[None]:
     """Be, if we are root, who owns *directory* for as long: else a service would find files that it cannot read."""
-    owner = os.stat(directory)
-    if os.geteuid() or not owner.st_uid:
+    owner = os.stat(directory) if os.path.exists(directory) else None
+    if os.geteuid() or not owner or not owner.st_uid:
         yield
         return
     os.setegid(owner.st_gid)
@@ -3774,6 +3778,7 @@ class Restoration:
 
     def _end_open(self, pen: Pen, now: Pen) -> None:
         """End what was open in the backup; bury what is known *now* but not in it: no client is to bring it back."""
+        pen.mark("state", self.epoch, "restore")
         known = pen.store.entries["commands"]
         for identity in [each for each, entry in known.items() if entry.content.status not in ENDED]:
             command, present = pen.get("commands", identity) or {}, now.get("commands", identity)
@@ -6031,7 +6036,7 @@ def backup(arguments: argparse.Namespace) -> int:
 def restore(arguments: argparse.Namespace) -> int:
     with contextlib.ExitStack() as closing:
         file = sys.stdin.buffer if arguments.file == "-" else closing.enter_context(open(arguments.file, "rb"))
-        act_as_owner(Path(arguments.state))
+        closing.enter_context(as_owner(Path(arguments.state)))
         store = Store(Path(arguments.state), kinds=("commands",), by=console())
         closing.callback(store.close)
         restoration = Restoration(store)
@@ -6316,13 +6321,9 @@ def check_audit(arguments: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def opened(state: str) -> Iterator[Store]:
     """Give the store of *state*, for what is no record; who is refused is told so in one line."""
-    act_as_owner(Path(state))
     try:
-        store = Store(Path(state), kinds=(), by=console())
-        try:
+        with as_owner(Path(state)), contextlib.closing(Store(Path(state), kinds=(), by=console())) as store:
             yield store
-        finally:
-            store.close()
     except (Refusal, OSError) as error:
         sys.exit(f"kirosync: {error}")
 
@@ -6330,16 +6331,8 @@ def opened(state: str) -> Iterator[Store]:
 def console() -> str:
     """Return what the journal says of who sits at this machine."""
     with contextlib.suppress(KeyError):  # a user without a name, as in a container
-        return f"{getpass.getuser()}@console"
+        return f"{os.environ.get('SUDO_USER') or getpass.getuser()}@console"
     return f"{os.getuid()}@console"
-
-
-def act_as_owner(state: Path) -> None:
-    """Let root be who owns the state directory, so that what is written there can be read by the service."""
-    if os.geteuid() == 0 and state.exists() and (owner := os.stat(state)).st_uid:
-        os.setgroups([])
-        os.setresgid(owner.st_gid, owner.st_gid, owner.st_gid)
-        os.setresuid(owner.st_uid, owner.st_uid, owner.st_uid)
 
 
 def http_url(text: str) -> str:

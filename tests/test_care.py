@@ -414,6 +414,12 @@ def test_a_running_service_and_agent_go_on_with_what_was_restored_and_run_nothin
     assert after.json()["status"] == "completed"
     assert sorted(traces.read_text().split()) == ["after", "begun", "late", "since"]
     assert fsck(state)[0] == 0
+    identity, log = after.json()["commandId"], state / "log" / "audit.jsonl"
+    until(lambda: f'"id":"{identity}","op":"put","type":"execute_bash","status":"completed"' in log.read_text())
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["from"] for line in lines if line["op"] == "restore"] == ["console"]
+    assert [line["status"] for line in lines if line["id"] == late] == ["pending", "processing", "completed", "failed"]
+    assert care("audit", "verify", "--state", state).returncode == 0
 
 
 def member(name, text=b"{}", **more):
