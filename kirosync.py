@@ -18,8 +18,11 @@ The directory is the database. Each conversation, document and command is one JS
     state/agents/NAME.lock          held by the running agent of that name
     state/quarantine/               files that could not be read, each with its reason
     state/told.json                 of which ended commands someone has been told
-    state/journal.jsonl             a line a change: revision, at, lastUpdate, kind, id, op, crc
+    state/tokens.json used.json     who may ask what, by hashes; when each was last used
+    state/journal.jsonl             a line a change: revision, at, lastUpdate, kind, id, op, crc, by, and more
+    state/log/ audit.json           who changed what, if it is not kept elsewhere, and how far that account has come
     state/.lock                     held by whoever is changing something
+    state/.service                  held by the service; there is one
     state/before-restore-TIME/      what was there before a backup was restored, until someone removes it
     state/.snapshot.* .restore.*    a backup, or a restore, under way; who does it holds the folder's lock
 

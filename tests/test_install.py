@@ -178,6 +178,7 @@ def plain(text, folder):
     """Take out of a text what differs from run to run: folder, ids, revisions."""
     text = re.sub(r"cmd-\d+-[0-9a-f]+", "cmd-ID", text.replace(str(folder), "."))
     text = re.sub(r"wait for \d+ ms", "wait for N ms", text)
+    text = re.sub(r"kirosync_[\w-]{43}", "kirosync_SECRET", text)
     return re.sub(r'("revisions?": )"?\d+"?', r"\1N", text)
 
 
