@@ -3972,11 +3972,12 @@ def docs_page() -> bytes:
     return page.encode()
 
 
-# The server is waitress, with bounds. In memory is of each connection what of its one request is not worked on yet, up to
-# HEAD_BYTES, SMALL_BYTES of a body and a piece of 8 KiB, and what of an answer was not read yet, up to SMALL_BYTES: some
-# 170 MiB if CONNECTIONS do their worst. More lies in files without a name beside the state, up to SPOOL_BYTES.
+# The server is waitress, with bounds. In memory is of each connection what of its one request is not worked on yet, up
+# to HEAD_BYTES, SMALL_BYTES of a body and a piece of 8 KiB, and what of an answer was not read yet, up to SMALL_BYTES:
+# some 170 MiB if CONNECTIONS do their worst. More lies in files without a name beside the state, up to SPOOL_BYTES.
 
 
+NO_REQUEST = "this is no request of HTTP/1.1"
 CONTROLS = re.compile(rb"[^\t\r\n -~\x80-\xff]")
 START = re.compile(rb"[^ \r\n]+ [^ \r\n]+(?: HTTP/[0-9]\.[0-9])?[ \t]*\r\n")
 
@@ -4013,11 +4014,11 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
         if head.count(b"\r\n") > HEADERS:
             raise HeadTooLarge(f"the head of a request has up to {HEADERS} lines", limit=HEADERS)
         if CONTROLS.search(head) or not START.match(head):
-            raise Malformed("", "this is no request of HTTP/1.1")
+            raise Malformed("", NO_REQUEST)
         try:
             super().parse_header(head)
-        except ValueError as problem:
-            raise Malformed("", f"this is no request of HTTP/1.1: {problem}") from None
+        except ValueError:  # a length of a thousand digits, an address that is none
+            raise Malformed("", NO_REQUEST) from None
 
     def admit(self, in_head: bool) -> None:
         """Raise Refusal if the body may not come, or not go on: from a stranger, without room, or cut to pieces."""
@@ -4153,7 +4154,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         in_head = not request.headers_finished
         self.unread = self.unread[request.received(self.unread) :]
         if request.completed:
-            self.request = None
+            self.request, self.unread = None, b"" if request.error else self.unread
             if not request.empty:
                 self.hand_over(request)
         elif in_head and request.headers_finished:
