@@ -50,6 +50,7 @@ import contextlib
 import ctypes
 import datetime
 import errno
+import functools
 import gc
 import hashlib
 import hmac
@@ -3336,22 +3337,16 @@ class Service:
             return {"service": "kirosync", "version": __version__, "docs": "/docs", "health": "/health"}
         bottle.response.content_type = "text/html; charset=utf-8"
         page = Path(__file__).with_name("console.html")
-        return page.read_bytes() if page.exists() else docs_page()
+        return page.read_bytes() if page.exists() else self.get_docs()
 
     def get_docs(self) -> bytes:
         """This documentation."""
         bottle.response.content_type = "text/html; charset=utf-8"
-        return docs_page()
+        return docs_page().replace(HOST.encode(), html.escape(header("Host")).encode())
 
-    def get_openapi(self) -> Record:
+    def get_openapi(self) -> bytes:
         """The routes, for programs: an OpenAPI 3.1 document."""
-        paths: Record = {}
-        for route in ROUTES:
-            path = re.sub(r"<(\w+).*?>", r"{\1}", route.path)
-            paths.setdefault(path, {})[route.method.lower()] = operation(route)
-        scheme = {"token": {"type": "http", "scheme": "bearer"}}
-        about = {"title": "kirosync", "version": __version__}
-        return {"openapi": "3.1.0", "info": about, "components": {"securitySchemes": scheme}, "paths": paths}
+        return openapi()
 
     def get_health(self) -> Record:
         """Whether the service is up: {status, timestamp, server: {running, port, host, uptime in s}}.
@@ -3922,6 +3917,7 @@ def operation(route: Route) -> Record:
     }
 
 
+HOST = "\0"
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kirosync {version}</title>
 <meta name="viewport" content="width=device-width">
 <style>body{{max-width:56em;margin:2em auto;padding:0 1em;font:16px/1.5 system-ui}}p{{white-space:pre-line}}
@@ -3946,8 +3942,22 @@ commands: {{id: command}}, a command: {command}
 """
 
 
+@functools.cache
+def openapi() -> bytes:
+    """Return the routes as an OpenAPI document: made once, like the page, since everyone may ask for it."""
+    paths: Record = {}
+    for route in ROUTES:
+        path = re.sub(r"<(\w+).*?>", r"{\1}", route.path)
+        paths.setdefault(path, {})[route.method.lower()] = operation(route)
+    scheme = {"token": {"type": "http", "scheme": "bearer"}}
+    about = {"title": "kirosync", "version": __version__}
+    document = {"openapi": "3.1.0", "info": about, "components": {"securitySchemes": scheme}, "paths": paths}
+    return msgspec.json.encode(document)
+
+
+@functools.cache
 def docs_page() -> bytes:
-    """Return the documentation, made from the routes and the tables above."""
+    """Return the documentation, made from the routes and the tables above; where HOST stands, the address belongs."""
 
     def fields(table: dict[str, Any]) -> str:
         return ", ".join(f"{name}*" if get_origin(kind) is Required else name for name, kind in table.items())
@@ -3962,7 +3972,7 @@ def docs_page() -> bytes:
         for kind, (required, optional, result) in ORDERS.items()
     )
     page = PAGE.format(
-        **{"version": __version__, "body": BODY_BYTES >> 20, "wait": WAIT_S, "host": html.escape(header("Host"))},
+        **{"version": __version__, "body": BODY_BYTES >> 20, "wait": WAIT_S, "host": HOST},
         **{"routes": routes, "types": types, "order": fields(ORDER), "run": RUN_S, "expires": EXPIRES_S},
         **{"outcomes": ", ".join(get_args(Outcome)), "id": ID_CHARACTERS},
         **{"message": fields(MESSAGE.__annotations__), "document": fields(DOCUMENT.__annotations__)},
@@ -4083,7 +4093,7 @@ class Task(waitress.task.WSGITask):  # type: ignore[misc]
 
     def finish(self) -> None:
         super().finish()
-        self.channel.write_soon(b"")
+        self.channel.finish()
 
     def set_close_on_finish(self) -> None:
         asked_for = self.version == "1.0" or self.request.headers.get("CONNECTION", "").lower() == "close"
@@ -4216,6 +4226,10 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
                 size, self.reserved = self.reserved, 0
                 self.server.service.spool.give(size)
 
+    def _flush_some(self, do_close: bool = True) -> bool:
+        with self.outbuf_lock:  # waitress does without where nothing is answered; a "100 Continue" may be sent then
+            return bool(super()._flush_some(do_close))
+
     def send(self, piece: bytes, do_close: bool = True) -> int:
         sent: int = super().send(piece, do_close)
         self.moved += sent
@@ -4274,12 +4288,19 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
             return bool(poll.poll(0))
 
     def write_soon(self, data: Any) -> int:
+        if not data:
+            return 0  # a head waits for what comes after it
         head, self.head = self.head, b""
-        if head and not isinstance(data, bytes):  # before a file
-            super().write_soon(head)
-        elif isinstance(data, bytes):
+        if isinstance(data, bytes):
             data = self.send_at_once(head + data)
+        elif head:  # before a file
+            super().write_soon(head)
         return super().write_soon(data)  # type: ignore[no-any-return]
+
+    def finish(self) -> None:
+        """Send a head after which nothing came."""
+        head, self.head = self.head, b""
+        self.write_soon(head)
 
     def send_at_once(self, data: bytes) -> bytes:
         """Return what is left of *data*: what a client takes at once need not be set aside for it."""
