@@ -4145,8 +4145,9 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
 
     # What is received
 
-    def readable(self) -> bool:
-        return not self.unread and super().readable()
+    def readable(self) -> bool:  # as waitress's own, which would be asked a thousand times in each turn of the loop
+        busy = self.unread or self.total_outbufs_len or len(self.requests) > 1
+        return not (busy or self.will_close or self.close_when_flushed)
 
     def received(self, piece: bytes = b"") -> None:
         """Read requests from what was not looked at yet and *piece*, as far as they may be."""
@@ -4250,7 +4251,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
     def part(self) -> None:
         """Close our end, and leave the other time to read why: closing all would take that from who still sends."""
         with self.requests_lock:
-            self.close_when_flushed = False
+            self.close_when_flushed, self.unread = False, b""
             self.enter(PARTING)
         try:
             self.socket.shutdown(socket.SHUT_WR)

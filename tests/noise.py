@@ -1,5 +1,6 @@
 """Requests that mean harm, or nothing: mostly valid ones with a thing or two wrong. The same seed makes the same."""
 
+import copy
 import json
 import random
 import re
@@ -287,9 +288,11 @@ class Noise:
                 break
             record = record[key]
         if self.maybe(0.15):
-            record[self.any("id", "revision", "x", "", "status", "type", "present", "result")] = self.any(*WORTHLESS)
+            record[self.any("id", "revision", "x", "", "status", "type", "present", "result")] = copy.deepcopy(
+                self.any(*WORTHLESS)
+            )
         elif record:
-            record[key] = self.any(*WORTHLESS, *WORDS)
+            record[key] = copy.deepcopy(self.any(*WORTHLESS, *WORDS))
             if self.maybe(0.3):
                 del record[key]
 
@@ -324,7 +327,11 @@ class Noise:
             "stdin": True,
             "env": {},
         }
-        return {"type": kind, **TYPES[kind], **{key: value for key, value in more.items() if self.maybe(0.2)}}
+        return {
+            "type": kind,
+            **copy.deepcopy(TYPES[kind]),
+            **{key: value for key, value in more.items() if self.maybe(0.2)},
+        }
 
     def report(self):
         more = {

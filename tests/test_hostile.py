@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import selectors
 import socket
 import statistics
@@ -190,6 +191,218 @@ def test_500_clients_that_do_not_read_their_answers_are_dropped_and_cost_no_memo
     assert resident(server, "VmHWM") < before + 150
     until(lambda: not any(each.open for each in slow), kirosync.STALL_S + SLACK_S)
     until(lambda: descriptors(server) < 60)
+
+
+def test_more_clients_than_may_be_open_shut_nobody_out_and_who_is_held_stays(server, crowd):
+    cursor = server.ask("GET", "/sync").json()["cursor"]
+    with ThreadPoolExecutor(1) as threads:
+        held = threads.submit(server.ask, "GET", f"/sync?since={cursor}&wait={kirosync.HEAD_S + kirosync.STALL_S}")
+        time.sleep(0.2)
+        quiet = paces(server, 60)
+        silent = crowd(b"", size=kirosync.CONNECTIONS)
+        dripping = crowd(HEAD, b"x", size=300)
+        assert_nobody_waits(quiet, paces(server), "1300 that only take up room")
+        until(lambda: len(silent.ended) >= 300, 5)
+        assert min(silent.ended) < kirosync.HEAD_S
+        assert descriptors(server) < kirosync.CONNECTIONS + 100
+        until(lambda: not silent.open and not dripping.open, kirosync.HEAD_S + SLACK_S)
+        assert not held.done()
+        server.ask("POST", "/sync", json={"documents": {"d": {"content": "x", "timestamp": 1}}})
+        assert [*held.result().json()["documents"]] == ["d"]
+
+
+def test_where_few_descriptors_are_to_be_had_there_are_fewer_connections(state, tmp_path, start):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (450, limits[1]))
+    service = kirosync.Service(None, TOKEN)
+    try:
+        server = kirosync.listen(service, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert server.adj.connection_limit == (450 - kirosync.OWN_FILES) // kirosync.DESCRIPTORS
+    server.close()
+    for door in service.doors:
+        door.close()
+
+
+def test_a_kept_connection_on_which_nothing_is_asked_is_closed(channel):
+    channel.enter(kirosync.RESTING)
+    channel.wait(kirosync.IDLE_S - 1)
+    assert not channel.will_close
+    channel.wait(2)
+    assert channel.will_close
+
+
+@pytest.mark.parametrize("stage", [kirosync.SENDING, kirosync.READING])
+def test_who_keeps_to_the_rate_is_waited_for_for_ever_and_half_of_it_is_too_little(channel, stage):
+    channel.enter(stage)
+    for rate, stays in ((kirosync.RATE, True), (kirosync.RATE // 2, False)):
+        for _ in range(int(3 * kirosync.STALL_S)):
+            channel.moved = rate
+            channel.wait(1)
+        assert channel.will_close != stays
+
+
+def test_what_was_sent_at_once_long_ago_does_not_count_for_ever(channel):
+    channel.enter(kirosync.SENDING)
+    channel.moved = 1 << 30
+    channel.wait(1)
+    channel.wait(kirosync.STALL_S)
+    assert channel.will_close
+
+
+@pytest.fixture
+def channel():
+    """A connection to a server that does not run."""
+    service = kirosync.Service(None, TOKEN)
+    server = kirosync.listen(service, 1)
+    theirs, ours = socket.socketpair()
+    channel = kirosync.Channel(service.doors[0], ours, ("", 0), server.adj, map={})
+    yield channel
+    channel.handle_close()
+    theirs.close()
+    server.close()
+    for door in service.doors:
+        door.close()
+
+
+# Bodies
+
+
+def head_of(length, *headers):
+    lines = ["POST /sync HTTP/1.1", "Host: x", "Connection: close", *headers]
+    lines += [f"Content-Length: {length}"] if length is not None else ["Transfer-Encoding: chunked"]
+    return "".join(f"{line}\r\n" for line in [*lines, ""]).encode()
+
+
+KNOWN = f"Authorization: Bearer {TOKEN}"
+LARGE = 8 << 20
+
+
+@pytest.mark.parametrize("headers", [[], ["Authorization: Bearer x"], ["Expect: 100-continue"]])
+@pytest.mark.parametrize("length", [LARGE, None])
+def test_who_has_no_token_sends_no_large_body_and_reads_why(server, headers, length):
+    body = b"x" * LARGE if length else b"%x\r\n" % LARGE + b"x" * LARGE
+    answer = exchange(server, head_of(length, *headers) + body)
+    assert answer.startswith(b"HTTP/1.1 401 Unauthorized\r\n")
+    assert answer.endswith(b'{"error":"Unauthorized","message":"Valid API key required"}')
+    assert b"Connection: close\r\n" in answer
+    head = exchange(server, head_of(length, *headers))  # and it is said at once, not when the body is there
+    assert head.startswith(b"HTTP/1.1 401 Unauthorized\r\n")
+
+
+def test_a_small_body_without_a_token_is_refused_as_ever_and_the_connection_kept(server):
+    connection = http.client.HTTPConnection(*address_of(server), timeout=10)
+    for _ in range(2):
+        connection.request("POST", "/sync", b"x" * kirosync.SMALL_BYTES)
+        answer = connection.getresponse()
+        assert (answer.status, json.loads(answer.read())["error"]) == (401, "Unauthorized")
+    connection.close()
+
+
+def test_bodies_that_are_on_their_way_have_a_bound_in_all(server, state):
+    """As many are declared as there is room for; the next is told to come again, and when one has gone it is taken."""
+    whole = kirosync.BODY_BYTES
+    started = [socket.create_connection(address_of(server), timeout=10) for _ in range(kirosync.SPOOL_BYTES // whole)]
+    for connection in started:
+        connection.sendall(head_of(whole, KNOWN) + b" " * 100_000)
+    time.sleep(0.5)
+    for length in (whole, None):
+        one_more = head_of(length, KNOWN) + (b" " * 200_000 if length else b"30d40\r\n" + b" " * 200_000)
+        answer = exchange(server, one_more)
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"Retry-After: " in answer
+    assert exchange(server, head_of(2, KNOWN) + b"{}").startswith(b"HTTP/1.1 200 ")
+    assert not set(os.listdir(state)) & set(os.listdir("/tmp")), "what is set aside has no name"
+    spooled = [os.readlink(f"/proc/{server.popen.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{server.popen.pid}/fd")]
+    assert len([path for path in spooled if path.startswith(str(state)) and "deleted" in path]) == len(started)
+    for connection in started:
+        connection.close()
+    until(lambda: exchange(server, head_of(200_000, KNOWN) + b" " * 199_998 + b"{}").startswith(b"HTTP/1.1 200 "))
+
+
+def test_bodies_that_are_read_at_the_same_time_have_a_bound_in_memory(server):
+    """Nothing takes more memory than empty lists: some 850 MiB for one such body. Four take no more than one."""
+    body = b'{"x":[' + b"[]," * (kirosync.BODY_BYTES // 3 - 10) + b"[]]}"
+    with ThreadPoolExecutor(4) as threads:
+        asked = [threads.submit(exchange, server, head_of(len(body), KNOWN) + body, 60) for _ in range(4)]
+        statuses = collections.Counter(int(each.result().split()[1]) for each in asked)
+    print(f"{statuses}: {resident(server, 'VmHWM'):.0f} MiB at most, {resident(server):.0f} afterwards")
+    assert statuses.keys() <= {200, 503}
+    assert resident(server, "VmHWM") < 1500
+
+
+def test_large_answers_that_are_not_read_have_a_bound_in_all(server):
+    documents = {f"d{n}": {"content": "x" * (4 << 20), "timestamp": 1} for n in range(7)}
+    for identity, document in documents.items():
+        server.ask("POST", "/sync", json={"documents": {identity: document}})
+    slow = [
+        socket.create_connection(address_of(server), timeout=30) for _ in range(kirosync.SPOOL_BYTES // (28 << 20) + 4)
+    ]
+    heads = []
+    for connection in slow:
+        connection.sendall(b"GET /sync HTTP/1.1\r\n" + AUTH + b"\r\n")
+        heads.append(connection.recv(12))
+    assert {*heads} == {b"HTTP/1.1 200", b"HTTP/1.1 503"}
+    for connection in slow:
+        connection.close()
+    until(lambda: server.ask("GET", "/sync").status_code == 200)
+
+
+@pytest.mark.parametrize(
+    ("what", "status"),
+    [
+        (b"GET http://" + b"1" * 32_000 + b" x\r\n\r\n", b"400"),  # took waitress two minutes
+        (b"GET / HTTP/1.1\r\nX:" + b" " * 32_000 + b"\0\r\n\r\n", b"400"),  # and this six seconds
+        (b"GET http://[ HTTP/1.1\r\n\r\n", b"400"),  # at these two it failed, and hung up
+        (b"POST / HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\n" + b"X:\r\n" * 500 + b"\r\n", b"431"),
+        (b"GET /" + b"x" * 40_000 + b" HTTP/1.1\r\n\r\n", b"431"),
+        (b"GET / HTTP/1.1\r\nAuthorization: " + b"x" * 400_000 + b"\r\n\r\n", b"431"),
+        (head_of(None, KNOWN) + b"1;" + b"x" * 1_000_000, b"400"),
+        (head_of(None, KNOWN) + b"0\r\n" + b"x" * 1_000_000, b"400"),
+        (head_of(1 << 40, KNOWN) + b"x", b"413"),
+    ],
+)
+def test_what_is_no_request_is_refused_at_once_and_in_json(server, what, status):
+    started = time.monotonic()
+    answer = exchange(server, what)
+    assert time.monotonic() - started < 1
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.split()[1] == status
+    assert json.loads(body)["error"]
+
+
+def test_an_expectation_is_met_also_where_no_body_comes_and_between_other_requests(server):
+    waiting = b"GET /health HTTP/1.1\r\nExpect: 100-continue\r\n\r\n"
+    sending = b"POST /sync HTTP/1.1\r\n" + AUTH + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n{}"
+    last = b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n"
+    answer = exchange(server, waiting + sending * 200 + last)
+    assert answer.count(b"HTTP/1.1 200 OK") == 202
+    assert answer.count(b"HTTP/1.1 100 Continue") == 200
+
+
+def test_a_host_of_several_addresses_is_served_at_each_with_the_same_bounds(state, tmp_path, start, monkeypatch):
+    found = socket.getaddrinfo("127.0.0.1", 0, type=socket.SOCK_STREAM) + socket.getaddrinfo(
+        "127.0.0.2", 0, type=socket.SOCK_STREAM
+    )
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
+    service = kirosync.Service(None, TOKEN, host="both")
+    server = kirosync.listen(service, 2)
+    monkeypatch.undo()
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    for host in ("127.0.0.1", "127.0.0.2"):
+        with socket.create_connection((host, service.port), timeout=10) as connection:
+            connection.sendall(b"NONSENSE\r\n\r\n")
+            assert connection.makefile("rb").read().endswith(b',"field":""}')
+    assert len(service.doors) == 2
+    server.close()
+
+
+def test_a_host_that_is_none_is_said_in_one_line(capsys):
+    with pytest.raises(SystemExit, match="cannot listen on no such host"):
+        kirosync.listen(kirosync.Service(None, TOKEN, host="no such host"), 1)
 
 
 # Whatever a client sends
