@@ -13,6 +13,7 @@ Every command runs in a process of its own, below a supervisor that a fork serve
 command starts can be ended with it, wherever it hides, and nothing of it outlives an agent that was killed.
 
     Children    how a process is started, and ended with all that it has started
+    Redaction   what of a command's output is not shown: values that are known to be secret, and what looks so
     Executors   what a command does: a table {type: function}; a function takes the run and returns the result
     Policy      what this agent does at all, what it refuses, and what it asks a human for first
     Links       where commands come from and reports go to: changes(seconds), report(id, patch), and more
@@ -53,10 +54,12 @@ import termios
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from io import BufferedRandom, BufferedReader
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn, Protocol
 from urllib.parse import quote
@@ -87,6 +90,12 @@ NOTICE_S = 1.0  # between looks whether it is to end
 GIVE_UP_S = 5.0  # after the last step: what is left then cannot be ended
 ENDING_POLL_S = 0.02  # between looks whether all have gone that were to end
 FORK_PAUSE_S = 0.2  # before a process that could not be started is tried again
+SECRET_BYTES = 6  # a shorter value is no secret: "true" or "none" as a token would spoil all output
+PART_BYTES = 256  # of a long value that are looked for at once: so much may have to be held back
+SIGN_BYTES = 512  # by which a secret is known, and which stand before it, at most
+KEY_BYTES = 8 << 10  # of a private key in which its end is looked for: one of 8192 bits has 6.4 KB
+DOUBT_S = 0.1  # after which is shown what may be the beginning of a secret, if it is short: a prompt ends so by chance
+DOUBT_BYTES = 4  # that are no chance: they are held back until more comes, or the end
 DRAIN_S = 0.2  # for output to arrive after the command ended; a child left behind may hold the pipe for ever
 LEASE_S = 45.0  # a claim that is not renewed for so long is lost
 POLL_S = 0.02  # between looks at the folder: to wake up so often costs the better part of a percent of a CPU
@@ -356,6 +365,231 @@ def explain(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
 
 
+# ---------------------------------------------------------------------------------------- Redaction
+# What of a command's output is not shown: values that are known to be secret, and what looks so.
+
+
+REDACTED = b"[redacted]"
+
+
+class Shape(NamedTuple):
+    """What a secret looks like: it stands behind a sign, which is shown."""
+
+    words: Sequence[bytes]  # with which a sign begins, in lower case: to look for rare words is fast
+    beginning: re.Pattern[bytes]  # the sign, and as group 1 the secret, or as much as there is of its first bytes
+    least: int  # bytes of a secret
+    rest: re.Pattern[bytes]  # of it, after its first bytes
+
+
+def shaped(words: Sequence[bytes], sign: bytes, body: bytes, least: int) -> Shape:
+    """Return the shape of *least* bytes, or more, each of which matches *body*."""
+    beginning = rb"%b(%b{%d}|%b{0,%d}\Z)" % (sign, body, least, body, least - 1)
+    return Shape(words, re.compile(beginning), least, re.compile(body + b"*"))
+
+
+def spaced(first: bytes, second: bytes) -> Sequence[bytes]:
+    return [first + space + second for space in (b"", b"_", b" ")]
+
+
+# What may stand between a name and its value: as `aws configure` asks for it, in a shell, in JSON, in colors.
+BETWEEN = rb"(?: \[(?:None|\*{1,32}\w{4})\])?+(?:\x1b\[[0-9;]{0,8}m|[^A-Za-z0-9/+]){1,32}+"
+AWS = rb"[A-Za-z0-9/+=]"
+ARMOUR = rb" (?:[A-Z0-9]{2,9} ){0,2}PRIVATE KEY(?: BLOCK)?-----"
+KEY_END = re.compile(b"-----END" + ARMOUR)
+KEY_REST = re.compile(rb"[A-Za-z0-9+/=\s\\\"',]*")  # where there is no end: base64, also as a string of a program
+PRIVATE_KEY = Shape([b"-----begin"], re.compile(b"-----BEGIN" + ARMOUR + b"()"), 0, KEY_REST)
+SHAPES = (  # no sign holds another with all that makes a secret of it: the first that is found is the right one
+    PRIVATE_KEY,
+    shaped([b"akia", b"asia"], rb"A[KS]IA", rb"[A-Z0-9]", 16),
+    shaped(spaced(b"secret", b"access"), rb"(?i:secret[_ ]?access[_ ]?key)" + BETWEEN, AWS, 40),
+    shaped(spaced(b"session", b"token"), rb"(?i:session[_ ]?token)" + BETWEEN, AWS, 40),
+    shaped([b"bearer"], rb"(?i:bearer)[ \t]{1,8}", rb"[A-Za-z0-9._~+/=-]", 16),  # a shorter one may be a word
+    shaped([b"kirosync_"], rb"kirosync_", rb"[A-Za-z0-9_-]", 43),
+)
+
+
+class Redactor:
+    """Puts [redacted] in the place of secrets in a stream; where it is cut into pieces makes no difference.
+
+    Values and shapes are looked for apart, each in what was printed; where they overlap or touch, they are one.
+    Of the stream it keeps what may be the beginning of a secret or of its sign, SIGN_BYTES and some.
+    """
+
+    def __init__(self, values: Iterable[bytes] = ()) -> None:
+        self.values = sorted({piece for value in values for piece in pieces(value)})
+        self.longest = max(map(len, self.values), default=1)
+        self.text = b""  # what is kept; all below are places in it
+        self.known = self.looked = 0  # from where on values and shapes are looked for
+        self.sure = self.shown = 0  # up to where all is decided, and up to where it was shown
+        self.hidden = -1  # the end of what the last [redacted] stands for
+        self.spans: list[tuple[int, int]] = []  # that are secret, and not passed yet
+        self.inside: Shape | None = None  # of which a secret goes on
+        self.left = 0  # bytes in which the end of a private key is looked for
+
+    def feed(self, piece: bytes, last: bool = False) -> bytes:
+        """Take the next *piece*; return what can be shown by now, which is all that is left if it is the *last*.
+
+        >>> redactor = Redactor([b"hunter22"])
+        >>> redactor.feed(b"it is hunt"), redactor.feed(b"er22, I said"), redactor.feed(b" hunt", last=True)
+        (b'it is ', b'[redacted], I said', b' hunt')
+        """
+        self.text += piece
+        self.sure = min(self.find_values(last), self.find_shapes(last))
+        shown = self.show(self.sure)
+        self.forget(min(self.shown, self.known, self.looked))
+        return shown
+
+    @property
+    def doubt(self) -> int:
+        """How many bytes are held back, if they are so few that they stand there by chance."""
+        held = len(self.text) - self.sure
+        return held if held < DOUBT_BYTES and self.shown < len(self.text) else 0
+
+    def relent(self) -> bytes:
+        """Return what is held back, if it is in so little doubt. Should it go on as a secret, the rest is redacted."""
+        return self.show(len(self.text)) if self.doubt else b""
+
+    def find_values(self, last: bool) -> int:
+        """Take note of values; return up to where it is decided what is one."""
+        end = len(self.text)
+        found = [(at, at + len(value)) for value in self.values for at in places(self.text, value, self.known)]
+        undecided = range(end if last else max(self.known, end - self.longest + 1), end)
+        self.known = next((at for at in undecided if self.may_begin(self.text[at:])), end)
+        self.spans += [span for span in found if span[0] < self.known]
+        return self.known
+
+    def may_begin(self, text: bytes) -> bool:
+        """Return whether a value begins with *text*, and goes on."""
+        after = bisect_right(self.values, text)
+        return after < len(self.values) and self.values[after].startswith(text)
+
+    def find_shapes(self, last: bool) -> int:
+        """Take note of what looks like a secret; return up to where it is decided what does."""
+        at, end = self.looked, len(self.text)
+        if self.inside:
+            at = self.leave(self.inside, at)
+        for start, shape in signs(self.text, at):
+            found = None if start < at or self.inside else shape.beginning.match(self.text, start)
+            if found and len(found[1]) >= shape.least:
+                self.left = KEY_BYTES if shape is PRIVATE_KEY else 0
+                at = self.leave(shape, found.start(1))
+            elif found and not last:
+                self.looked = max(at, min(start, end - SIGN_BYTES))
+                return found.start(1)
+        self.looked = at if self.inside else max(at, end - SIGN_BYTES)
+        return end
+
+    def leave(self, shape: Shape, start: int) -> int:
+        """Take note of what there is of a secret from *start* on; return where to go on."""
+        self.inside, end, at = shape, len(self.text), start
+        if self.left:
+            until = min(end, start + self.left)
+            if found := KEY_END.search(self.text, start, until):
+                return self.out_of(start, found.end())
+            if until == end:
+                at = max(start, end - SIGN_BYTES)
+                self.left -= at - start
+                self.spans.append((start, end))
+                return at
+            at, self.left = until, 0
+        rest = shape.rest.match(self.text, at)
+        at = rest.end() if rest else at
+        if at < end:
+            return self.out_of(start, at)
+        self.spans.append((start, end))
+        return end
+
+    def out_of(self, start: int, end: int) -> int:
+        self.spans.append((start, end))
+        self.inside, self.left = None, 0
+        return end
+
+    def show(self, until: int) -> bytes:
+        """Return what was not shown yet, up to *until*, redacted."""
+        shown = []
+        for start, end in sorted(span for span in self.spans if span[0] < until):
+            if start > self.hidden:
+                shown += [self.text[self.shown : start], REDACTED]
+            self.hidden = max(self.hidden, end)
+            self.shown = max(self.shown, self.hidden)
+        self.spans = [span for span in self.spans if span[0] >= until]
+        shown.append(self.text[self.shown : until])
+        self.shown = max(self.shown, until)
+        return b"".join(shown)
+
+    def forget(self, start: int) -> None:
+        """Keep only what stands from *start* on."""
+        self.text = self.text[start:]
+        self.known, self.looked, self.sure = self.known - start, self.looked - start, self.sure - start
+        self.shown, self.hidden = self.shown - start, self.hidden - start
+        self.spans = [(first - start, end - start) for first, end in self.spans]
+
+
+def signs(text: bytes, start: int) -> list[tuple[int, Shape]]:
+    """Return where, from *start* on, a sign of which shape may be, in their order."""
+    lower = text.lower()
+    found = [(at, shape) for shape in SHAPES for word in shape.words for at in places(lower, word, start)]
+    return sorted(found, key=itemgetter(0))
+
+
+def places(text: bytes, part: bytes, start: int) -> Iterator[int]:
+    """Yield where *part* stands in *text*, from *start* on.
+
+    >>> list(places(b"aaa aa", b"aa", 1))
+    [1, 4]
+    """
+    at = text.find(part, start)
+    while at >= 0:
+        yield at
+        at = text.find(part, at + 1)
+
+
+def pieces(value: bytes) -> Iterator[bytes]:
+    """Yield what of a secret *value* is looked for: its lines, which a terminal ends otherwise, and parts of long ones.
+
+    >>> list(pieces(b"-----BEGIN PRIVATE KEY-----\\nMIIEow\\n=\\n")), [len(piece) for piece in pieces(b"x" * 300)]
+    ([b'MIIEow'], [256, 256])
+    """
+    for line in map(bytes.strip, value.splitlines()):
+        if len(line) >= SECRET_BYTES and not line.startswith((b"-----BEGIN ", b"-----END ")):
+            for at in range(0, len(line), PART_BYTES):
+                yield line[max(0, min(at, len(line) - PART_BYTES)) :][:PART_BYTES]
+
+
+def names_like(globs: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern of names that match one of *globs*, in any case.
+
+    >>> bool(names_like(["*_TOKEN"]).match("gh_token")), bool(names_like(["*_TOKEN"]).match("TOKEN_FILE"))
+    (True, False)
+    """
+    return re.compile("|".join(map(fnmatch.translate, globs)), re.IGNORECASE)
+
+
+SECRET_NAMES = (  # as Buildkite's agent has them, and some more: what holds a name, a path or a URL is none
+    *("*PASSWORD", "*PASSWD", "*PASSPHRASE", "*SECRET", "*TOKEN", "*SECRETS", "*TOKENS"),
+    *("*_ACCESS_KEY", "*_SECRET_KEY", "*_PRIVATE_KEY", "*_API_KEY", "*_CONNECTION_STRING"),
+)
+
+
+class Secrets(NamedTuple):
+    """What must not be shown: the values of variables of these names, these values, and what looks like a secret."""
+
+    names: re.Pattern[str] = names_like(SECRET_NAMES)
+    values: Sequence[bytes] = ()
+
+    def of(self, environment: Mapping[str, str]) -> Secrets:
+        """Return these secrets and those of *environment*.
+
+        >>> USUAL.of({"HOME": "/home/ada", "GH_TOKEN": "0123456789"}).values
+        [b'0123456789']
+        """
+        named = [value for name, value in environment.items() if self.names.match(name)]
+        return self._replace(values=[*self.values, *(value.encode(errors="surrogateescape") for value in named)])
+
+
+USUAL = Secrets()
+
+
 # ---------------------------------------------------------------------------------------- Executors
 # What a command does: a table {type: function}. All work is done by children, so that each can be ended.
 
@@ -363,19 +597,33 @@ def explain(error: OSError) -> str:
 class Capture:
     """What a child writes to one stream: head and tail for the result, and all of it, up to a limit, in a file."""
 
-    def __init__(self, limit: int, path: Path | None = None) -> None:
-        self.limit, self.size, self.path = limit, 0, path
+    def __init__(self, limit: int, path: Path | None = None, redactor: Redactor | None = None) -> None:
+        self.limit, self.size, self.path, self.redactor = limit, 0, path, redactor
         self.head, self.tail = bytearray(), bytearray()
         self.fd, self.room = -1, 0
+        self.due = float("inf")  # when to relent, if nothing comes
 
     def add(self, piece: bytes) -> None:
+        """Take what was printed; what is secret in it stays out of everything, sizes too."""
+        if not self.redactor:
+            return self.keep(piece)
+        self.keep(self.redactor.feed(piece))
+        self.due = time.monotonic() + DOUBT_S if self.redactor.doubt else float("inf")
+
+    def relent(self) -> None:
+        """Show what is held back but hardly a secret, if it is time to: it may be a prompt."""
+        if self.redactor and time.monotonic() >= self.due:
+            self.keep(self.redactor.relent())
+            self.due = float("inf")
+
+    def keep(self, piece: bytes) -> None:
         self.size += len(piece)
         room = self.limit // 2 - len(self.head)
         self.head += piece[:room]
         self.tail += piece[room:]
         if len(self.tail) > self.limit:
             del self.tail[: -self.limit // 2]
-        if self.path:
+        if self.path and piece:
             self.write(piece)
 
     def write(self, piece: bytes) -> None:
@@ -395,7 +643,9 @@ class Capture:
             self.room = 0
 
     def close(self) -> None:
-        """Let go of the file, which is made durable if the result does not hold all that is in it."""
+        """Take what is held back, as no more comes. Let go of the file, durable if the result does not hold it all."""
+        if self.redactor:
+            self.keep(self.redactor.feed(b"", last=True))
         if self.fd >= 0:
             with contextlib.suppress(OSError):
                 if self.left_out:
@@ -415,8 +665,15 @@ class Capture:
 class Run:
     """A command that this agent has taken: from being seen until its end is reported."""
 
-    def __init__(self, command: Record, forks: ForkServer, roots: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        command: Record,
+        forks: ForkServer,
+        roots: Sequence[str] = (),
+        secrets: Secrets | None = USUAL,
+    ) -> None:
         self.identity, self.command, self.forks, self.roots = command["id"], command, forks, roots
+        self.secrets = secrets  # that are redacted, if any are
         self.held: Record = {}  # what every report of it says: agent, claim, attempt
         self.again: Record | None = None  # the command, if it was seen pending meanwhile
         self.paths: dict[str, Path] = {}  # of the files that its output goes to, by stream
@@ -426,6 +683,14 @@ class Run:
         self.why = ""  # it is to end: one of WHY
         self.over = threading.Event()  # the child has ended
         self.told: set[str] = set()  # the streams that the result tells to the letter
+
+    def redactor(self) -> Redactor | None:
+        """Return a redactor for one stream of it, unless that is switched off."""
+        return self.secrets and Redactor(self.secrets.of(self.command.get("env", {})).values)
+
+    def redacted(self, text: str) -> str:
+        redactor = self.redactor()
+        return redactor.feed(text.encode(errors="replace"), last=True).decode() if redactor else text
 
     def see(self, command: Record) -> None:
         """Take note of what others want of it."""
@@ -546,7 +811,8 @@ def collect(run: Run, line: socket.socket, captures: dict[int, Capture], started
         for fd in (line.fileno(), *captures):
             selector.register(fd, selectors.EVENT_READ)
         while selector.get_map() and (now := time.monotonic()) < last:
-            for key, _ in selector.select(min(NOTICE_S, max(0.0, min(until, last) - now))):
+            due = min(until, last, *(capture.due for capture in captures.values()))
+            for key, _ in selector.select(min(NOTICE_S, max(0.0, due - now))):
                 piece = hear(line) if key.fd == line.fileno() else read_some(key.fd)
                 if key.fd == line.fileno():
                     said = json.loads(piece) if piece else said
@@ -555,6 +821,8 @@ def collect(run: Run, line: socket.socket, captures: dict[int, Capture], started
                     captures[key.fd].add(piece)
                 if key.fd == line.fileno() or piece == b"":
                     selector.unregister(key.fd)
+            for capture in captures.values():
+                capture.relent()
             if time.monotonic() >= until:
                 until = float("inf")
                 run.end("timeout")
@@ -615,7 +883,7 @@ def execute_bash(run: Run) -> Record:
     order: Record = {"argv": [shell, "-c", command["command"]], "cwd": str(folder_of(command))}
     mark = {MARK: run.held.get("claim", "")}
     order |= {"env": {**public_environment(), **terminal, **command.get("env", {}), **mark}}
-    streams = {name: Capture(STREAM_BYTES, run.paths.get(name)) for name in ("stdout", "stderr")}
+    streams = {name: Capture(STREAM_BYTES, run.paths.get(name), run.redactor()) for name in ("stdout", "stderr")}
     ended = run_child(run, order, streams, command)
     result: Record = {name: stream.text() for name, stream in streams.items()}
     run.told = {name for name, stream in streams.items() if result[name].encode() == stream.head + stream.tail}
@@ -1092,13 +1360,13 @@ def execute(run: Run) -> Record:
     try:
         return {"status": "completed", "outcome": "ok", "result": EXECUTORS[run.command["type"]](run)}
     except Failed as failure:
-        report: Record = {"status": "failed", "outcome": failure.outcome, "error": str(failure)}
+        report: Record = {"status": "failed", "outcome": failure.outcome, "error": run.redacted(str(failure))}
         return report if failure.result is None else {**report, "result": failure.result}
     except OSError as error:
-        return {"status": "failed", "outcome": "error", "error": explain(error)}
+        return {"status": "failed", "outcome": "error", "error": run.redacted(explain(error))}
     except Exception as error:  # an executor's own defect must not leave its command without an end
         log.exception("a defect in %s", run.command["type"])
-        return {"status": "failed", "outcome": "error", "error": f"the agent failed: {error!r}"}
+        return {"status": "failed", "outcome": "error", "error": run.redacted(f"the agent failed: {error!r}")}
 
 
 # ---------------------------------------------------------------------------------------- Policy
@@ -1137,6 +1405,14 @@ class Policy(NamedTuple):
     answer: float = ANSWER_S  # s in which a yes must come, and be used
     refuse: Sequence[Rule] = ()
     ask: Sequence[Rule] = ()
+    redact: bool = True  # secrets in what commands print
+    secret_names: re.Pattern[str] = USUAL.names  # of variables whose values are secret
+    secret_file: Sequence[bytes] = ()  # the values that it holds
+
+    @property
+    def secrets(self) -> Secrets | None:
+        """Those of the agent, to which come those of a command."""
+        return Secrets(self.secret_names, self.secret_file).of(os.environ) if self.redact else None
 
     def judge(self, command: Record) -> tuple[str, str]:
         """Return "refuse", "ask" or "run", and why.
@@ -1192,9 +1468,7 @@ def meaning(key: str, value: Any) -> Any:
     wanted, understood = MEANINGS[key]
     if not understood(value):
         raise BadPolicy(f"{key} must be {wanted}", key)
-    if key in ("refuse", "ask"):
-        return [read_rule(table, key, number) for number, table in enumerate(value)]
-    return [real_folder(root) for root in value] if key == "roots" else value
+    return UNDERSTOOD[key](value) if key in UNDERSTOOD else value
 
 
 def real_folder(root: str) -> str:
@@ -1202,6 +1476,20 @@ def real_folder(root: str) -> str:
     if not os.path.isdir(real):
         raise BadPolicy(f"roots: {root} is not a folder", "roots")
     return real
+
+
+def read_secrets(path: str) -> list[bytes]:
+    """Return the lines of the file *path*; raise BadPolicy, which must not show any."""
+    try:
+        lines = [line.strip() for line in Path(path).expanduser().read_bytes().splitlines()]
+    except (OSError, RuntimeError) as error:
+        raise BadPolicy(
+            f"secret_file: {explain(error) if isinstance(error, OSError) else error}", "secret_file"
+        ) from None
+    for number, line in enumerate(lines, 1):
+        if 0 < len(line) < SECRET_BYTES:
+            raise BadPolicy(f"secret_file: its line {number} has less than {SECRET_BYTES} bytes", "secret_file")
+    return [line for line in lines if line]
 
 
 def strings(value: Any) -> bool:
@@ -1227,6 +1515,16 @@ MEANINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "answer": (f"a number of seconds up to {LONGEST_S:.0f}", seconds),
     "refuse": ("tables: [[refuse]]", tables),
     "ask": ("tables: [[ask]]", tables),
+    "redact": ("true or false", lambda value: isinstance(value, bool)),
+    "secret_names": ("a list of names, with * for any text", strings),
+    "secret_file": ("the name of a file", lambda value: isinstance(value, str)),
+}
+UNDERSTOOD: dict[str, Callable[[Any], Any]] = {  # the others mean what they say
+    "roots": lambda roots: [real_folder(root) for root in roots],
+    "refuse": lambda rules: [read_rule(table, "refuse", number) for number, table in enumerate(rules)],
+    "ask": lambda rules: [read_rule(table, "ask", number) for number, table in enumerate(rules)],
+    "secret_names": names_like,
+    "secret_file": read_secrets,
 }
 FIELDS = (  # of a command that decide what is done when it is executed
     *("id", "type", "command", "path", "content", "query", "service", "operation", "parameters", "region", "profile"),
@@ -1336,7 +1634,7 @@ class FolderLink:
 
         self.rules, self.poll = kirosync, poll
         try:
-            self.store = kirosync.Store(directory, kinds=("commands",))
+            self.store = kirosync.Store(directory, kinds=("commands",), by="agent")
         except kirosync.Refusal as refusal:
             raise Unreachable(f"the state directory {directory} cannot be opened: {refusal}") from None
         self.cursor: str | None = None
@@ -1668,6 +1966,7 @@ class Agent:
     ) -> None:
         self.link, self.name, self.forks, self.policy, self.clock = link, name, forks, policy or Policy(), clock
         self.pool, self.clerk = ThreadPoolExecutor(jobs), ThreadPoolExecutor(1)  # for work, and for words
+        self.secrets = self.policy.secrets
         self.taken: dict[str, Run] = {}
         self.asked: dict[str, Question] = {}  # by the command that waits for the answer
         self.renewed = clock()
@@ -1742,7 +2041,7 @@ class Agent:
             self.take(command, partial(self.perform, yes=yes), self.pool)
 
     def take(self, command: Record, work: Callable[[Run], None], pool: ThreadPoolExecutor) -> None:
-        run = self.taken[command["id"]] = Run(command, self.forks, self.policy.roots)
+        run = self.taken[command["id"]] = Run(command, self.forks, self.policy.roots, self.secrets)
         pool.submit(self.see_to, run, work)
 
     def see_to(self, run: Run, work: Callable[[Run], None]) -> None:
@@ -2029,6 +2328,8 @@ def main() -> None:
         if arguments.policy is not None:
             rules = f"{len(policy.refuse)} to refuse, {len(policy.ask)} to ask for"
             log.info("policy %s: types %s, roots %s, %s", arguments.policy, policy.types, policy.roots, rules)
+        if not policy.redact:
+            log.warning("secrets in what commands print are not redacted")
         agent.run()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # it is ending already

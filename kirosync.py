@@ -46,22 +46,30 @@ import argparse
 import array
 import base64
 import bisect
+import collections
 import contextlib
+import contextvars
 import ctypes
 import datetime
 import errno
 import functools
 import gc
+import getpass
 import hashlib
 import hmac
 import html
 import http
+import http.client
 import inspect
+import ipaddress
 import itertools
+import json
 import logging
+import logging.handlers
 import math
 import operator
 import os
+import queue as queue_of
 import re
 import resource
 import secrets
@@ -75,7 +83,9 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.parse
+import urllib.request
 import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -94,7 +104,7 @@ import waitress.task
 
 __version__ = "0.1.0"
 
-log = logging.getLogger("kirosync")
+log, access = logging.getLogger("kirosync"), logging.getLogger("kirosync.access")
 Record = dict[str, Any]
 T = TypeVar("T")
 
@@ -108,6 +118,7 @@ class Refusal(Exception):
     """The base of everything that is refused; ``body()`` is what the caller is sent."""
 
     status = 400
+    headers: dict[str, str] = {}  # noqa: RUF012  of the answer
 
     def __init__(self, sentence: str, **details: Any) -> None:
         super().__init__(sentence)
@@ -125,10 +136,19 @@ class Malformed(Refusal):
 
 
 class Unauthorized(Refusal):
-    status = 401
+    status, headers = 401, {"WWW-Authenticate": "Bearer"}
 
-    def __init__(self) -> None:
-        super().__init__("Unauthorized", message="Valid API key required")
+    def __init__(self, message: str = "Valid API key required") -> None:
+        super().__init__("Unauthorized", message=message)
+
+
+class Forbidden(Refusal):
+    """A token is known, and has not the scope for this."""
+
+    status, headers = 403, {"WWW-Authenticate": 'Bearer error="insufficient_scope"'}
+
+    def __init__(self, scope: str, what: str, scopes: Sequence[str]) -> None:
+        super().__init__(f"a token of the scope {scope} may not {what}; possible: {', '.join(scopes)}", scopes=scopes)
 
 
 class NotFound(Refusal):
@@ -166,6 +186,7 @@ class TimedOut(Coded):
 
 class Unavailable(Coded):
     status, code, recoverable = 503, "KIRO_UNAVAILABLE", True
+    headers = {"Retry-After": "1"}  # noqa: RUF012
 
 
 class Unexecuted(Refusal):
@@ -200,12 +221,22 @@ class HeadTooLarge(Refusal):
     status = 431
 
 
+class TooMany(Refusal):
+    """Someone asks for more than is theirs; ``pause`` (s) is how long to wait before the next try."""
+
+    status = 429
+
+    def __init__(self, sentence: str, pause: float) -> None:
+        super().__init__(sentence, retryAfter=max(1, math.ceil(pause)))
+        self.headers = {"Retry-After": str(self.details["retryAfter"])}
+
+
 class Broken(Refusal):
     status = 500
 
 
 class Busy(Refusal):
-    status = 503
+    status, headers = 503, {"Retry-After": "1"}
 
 
 class Full(Refusal):
@@ -257,6 +288,16 @@ ANNOUNCED_BYTES = 1 << 20  # that an agent may say of itself: an editor has some
 EXECUTIONS = 3  # in editors, at once
 EXECUTE_S = 300.0  # for one, unless the settings say otherwise
 REJOIN_S = 60.0  # after its end the result of one whose caller hung up is kept for who asks the same again
+AUDIT_S = 1.0  # between looks for what is to be entered in the audit log; the journal has it meanwhile
+AUDIT_LINES = 10_000  # that are entered at once
+AUDIT_BYTES = 32 << 20  # of a file of it, before another is begun
+AUDIT_FILES = 16  # that are kept beside it: half a GiB, some two million changes
+ACCESS_BYTES, ACCESS_FILES = 16 << 20, 4  # of the access log, and how many are kept beside it
+NOTICES = 100  # that wait to be sent; more are dropped, which the log and /metrics say
+NOTIFY_S = 10.0  # for one to be sent
+NOTIFY_PAUSES_S = (0.0, 1.0, 5.0, 30.0, 120.0)  # before each try
+NOTICE_CHARACTERS = 2000  # of a text for ntfy, which takes 4096 bytes
+NOTIFY_AFTER_S = 60.0  # of running, after which the end is worth telling, unless the settings say otherwise
 TEND_S = 60.0  # between looks for what has become too long or too old
 SWEEP_S = 1.0  # between looks for commands that are overdue
 SLACK_LINES = 1000  # a journal is compacted when it is twice its records and this long
@@ -279,7 +320,36 @@ CHUNK_LINE_BYTES = 8 << 10  # before a chunk, and after the last: waitress puts 
 SMALL_BYTES = 64 << 10  # of a body or an answer that is kept in memory, and of a body from who has no token
 SPOOL_BYTES = 512 << 20  # of all larger bodies and answers on their way, which lie on the disk of the state
 WORK_BYTES = 48 << 20  # of bodies that are being worked on: JSON takes up to 27 times as much when it is read
+TOKENS = 256  # that may be known: each given one is compared with all
+UNGUESSABLE = 32  # characters of a token that nobody finds by trying
+TRIES_A_S, TRIES = 1 / 6, 10  # without a valid token, from one address: so many at once, and then one in so long
+VISITS_A_S, VISITS = 20, 200  # to what is public, from one address
+OPEN_PAUSE_S = 10.0  # before who has too many commands open asks again
+LOW_BYTES = 64 << 20  # of the disk: with less left the service says that it is not well
+LOW_FILES = 1000  # that can still be made there, likewise
+UNTAKEN_S = 60.0  # a command that waits for so long, while no agent for it is there
+METERED = 4096  # addresses that are counted; the one that has been quiet the longest gives way
+BURST_S = 10  # of requests that a token may have saved up
+BURST_BYTES_S = 60  # and of bytes: a first copy of everything is large
 THREADS = 320  # of the server; a long poll holds one, and three quarters may be held; one takes 16 KiB
+
+
+class Quota(NamedTuple):
+    """What a token may use: requests a second, bytes a second (both ways), requests held and commands open at once."""
+
+    requests: int
+    bytes: int
+    held: int
+    open: int
+
+
+QUOTAS = {  # of each scope: above what such a client does at its busiest, below what would keep others waiting
+    "read": Quota(50, 8 << 20, 32, 0),
+    "client": Quota(50, 8 << 20, 64, 1000),
+    "agent": Quota(500, 32 << 20, 32, 100),  # it sends output as it comes
+    "ide": Quota(100, 8 << 20, 64, 1000),
+    "admin": Quota(5000, 128 << 20, THREADS, 100_000),
+}
 
 
 # ---------------------------------------------------------------------------------------- Rules
@@ -310,13 +380,20 @@ Time = number(float, ge=-INTEGER, le=INTEGER)
 Run = number(float, gt=0, le=LONGEST_RUN_S)
 Stay = number(float, gt=0, le=LONGEST_STAY_S)
 Cells = number(int, ge=1, le=9999)
+Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Status = Literal["pending", "processing", "completed", "failed"]
 Outcome = Literal["ok", "exit", "error", "timeout", "cancelled", "expired", "lost", "refused"]
 Encoding = Literal["utf-8", "base64"]
 InputType = Literal["text", "choice", "file", "confirmation"]
 AgentKind = Literal["agent", "ide"]
+Scope = Literal["read", "client", "agent", "ide", "admin"]
 POSSIBLE = {"status": get_args(Status), "outcome": get_args(Outcome), "encoding": get_args(Encoding)}
-POSSIBLE |= {"inputType": get_args(InputType), "type": get_args(InputType), "kind": get_args(AgentKind)}
+POSSIBLE |= {
+    "inputType": get_args(InputType),
+    "type": get_args(InputType),
+    "kind": get_args(AgentKind),
+    "scope": get_args(Scope),
+}
 
 MESSAGE = shape({"role": Name, "content": str, "timestamp": Time}, {"id": str | int, "metadata": dict[str, Any]})
 MESSAGES: Any = list[MESSAGE]  # type: ignore[valid-type]
@@ -325,6 +402,7 @@ INPUT = shape({}, {"data": str, "encoding": Encoding, "offset": Count, "close": 
 ABOUT = {"version": str, "availableCommands": list[str], "workspaceFolders": list[str], "focusedAt": Time}
 AGENT = shape({"kind": AgentKind, "types": list[Name]}, ABOUT)
 AGENT_PATCH = shape({}, {"kind": AgentKind, "types": list[Name], **ABOUT})
+TOKEN = shape({"scope": Scope, "sha256": Digest, "createdAt": Time}, {"expiresAt": Time})
 PUSH = shape({}, {**dict.fromkeys(KINDS, dict[str, Any]), "lastUpdate": Time})
 
 # What an order may say: for every type, and for each its required and its optional fields, and its result.
@@ -402,6 +480,7 @@ REPORT |= {"result": Any, "metadata": dict[str, Any]}
 PATCH = shape({}, REPORT)
 TIMES = dict.fromkeys(("createdAt", "updatedAt", "startedAt", "endedAt", "leaseUntil"), Time)
 MARKS = {"cancelRequested": bool, "inputSize": Count, "inputClosed": bool, "idempotencyKey": str, "orderSha256": str}
+MARKS |= {"queuedBy": str}
 COMMAND = shape({"type": Name, "status": Status}, {**ORDER, **REPORT, **TIMES, **MARKS})
 
 # What a file found in the state directory must be.
@@ -410,6 +489,84 @@ FOUND = {
     "documents": shape({"content": str}, {"timestamp": Time}),
     "commands": shape({"type": Name}, {**ORDER, **REPORT, **TIMES, **MARKS}),
 }
+
+
+class Grant(NamedTuple):
+    """What a token may do where its scope opens a route (see ROUTES): the records it reads, the types of commands it
+    queues and cancels, those it takes and reports on, and what it announces itself as."""
+
+    reads: tuple[str, ...] = KINDS
+    queues: frozenset[str] = frozenset()
+    takes: frozenset[str] = frozenset()
+    announces: tuple[str, ...] = ()
+
+
+EVERY = frozenset(ORDERS)
+ASKED = frozenset({"user_input"})
+REMOTE = frozenset({"kiro_command"})
+GRANTS = {  # a token of a client cannot claim, that of an agent can submit nothing but questions, and answers none
+    "read": Grant(),
+    "client": Grant(queues=EVERY, takes=ASKED),
+    "agent": Grant(("commands",), queues=ASKED, takes=EVERY - ASKED - REMOTE, announces=("agent",)),
+    "ide": Grant(queues=EVERY, takes=ASKED | REMOTE, announces=("ide",)),
+    "admin": Grant(queues=EVERY, takes=EVERY, announces=get_args(AgentKind)),
+}
+
+
+class Token(NamedTuple):
+    """Who asks: what tokens.json says of a token, by its name."""
+
+    name: str
+    scope: str
+    sha256: str = ""
+    expires: float = math.inf  # ms
+
+    def may(self, what: str, right: str, wanted: str) -> None:
+        """Raise Forbidden unless the grant of its scope has *wanted* in its *right*; *what* says what that means."""
+        if self.scope != "admin" and wanted not in getattr(GRANTS[self.scope], right):
+            possible = [scope for scope, grant in GRANTS.items() if wanted in getattr(grant, right)]
+            raise Forbidden(self.scope, what, possible)
+
+
+MASTER = "master"  # the name of the one token that is in the settings, or in the file token
+
+
+def token_from(name: str, said: Record) -> Token:
+    return Token(name, said["scope"], said["sha256"], said.get("expiresAt", math.inf))
+
+
+def matching(tokens: Iterable[Token], secret: bytes) -> Token | None:
+    """Return the one of *tokens* that *secret* is; it takes as long whichever it is, and if it is none.
+
+    >>> matching([Token("a", "read", hashlib.sha256(b"x").hexdigest())], b"x").name
+    'a'
+    """
+    sha256, found = hashlib.sha256(secret).hexdigest(), None
+    for token in tokens:
+        if hmac.compare_digest(token.sha256, sha256):
+            found = token
+    return found
+
+
+def seconds_in(text: str) -> float:
+    """Return how many seconds *text* is: a number and s, m, h or d; raise Malformed.
+
+    >>> seconds_in("90d"), seconds_in("30m")
+    (7776000.0, 1800.0)
+    """
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    if not (found := re.fullmatch(r"([0-9]{1,6})([smhd])", text)) or not int(found[1]):
+        raise Malformed("", f"{text!r} is not a time; write 90d, 12h, 30m or 45s")
+    return float(int(found[1]) * units[found[2]])
+
+
+def refilled(level: float, seconds: float, rate: float, burst: float) -> float:
+    """Return the *level* (below zero is a debt) after *seconds* in which it filled at *rate* a second, up to *burst*.
+
+    >>> refilled(-5, 4, rate=2, burst=10), refilled(9, 4, rate=2, burst=10)
+    (3, 10)
+    """
+    return min(burst, level + seconds * rate)
 
 
 def check(shape: Any, value: Any, where: str) -> Any:
@@ -686,6 +843,15 @@ def new_command(order: Record, now: int) -> Record:
     return {**order, "status": "pending", "createdAt": now, "updatedAt": now}
 
 
+DECISIVE = ("id", "type", *sorted(SETTLED - {"expiresIn", "target", "metadata", "retryable"}))
+
+
+def hash_of(command: Record) -> str:
+    """Return the sha256 of what decides what a *command* does when it is executed; agents ask humans by the same."""
+    exact = {field: command[field] for field in DECISIVE if field in command}
+    return hashlib.sha256(json.dumps(exact, sort_keys=True).encode()).hexdigest()
+
+
 def advance(command: Record, patch: Record, now: int) -> Record:
     """Return *command* after *patch* (see REPORT), if the rules let it go there.
 
@@ -942,6 +1108,45 @@ def execution_timed_out(command: Record) -> TimedOut:
     return TimedOut(sentence, timeoutMs=limit, executionId=command["id"])
 
 
+def notice_of(command: Record, after_s: float) -> tuple[str, Record]:
+    """Return what of *command*, as it stands, someone may want to be told, and that: asked, failed, or long, or "".
+
+    It asks a human; it failed, and nobody wanted that; it has ended after more than *after_s* seconds.
+
+    >>> command = {"id": "c", "type": "execute_bash", "status": "failed", "outcome": "exit", "error": "exit code 1"}
+    >>> notice_of(command, 60)[0], notice_of({**command, "outcome": "cancelled"}, 60)[0]
+    ('failed', '')
+    """
+    asks, status = command["type"] == "user_input", command["status"]
+    took = command.get("endedAt", 0) - command.get("startedAt", math.inf)
+    events = {
+        "asked": asks and status == "pending",
+        "failed": not asks and status == "failed" and command.get("outcome") != "cancelled",
+        "long": not asks and status == "completed" and took > after_s * 1000,
+    }
+    event = next((name for name, happened in events.items() if happened), "")
+    told = ("type", "status", "outcome", "error", "agent", "prompt", "inputType", "choices", "executionId")
+    notice: Record = {
+        "event": event,
+        "commandId": command["id"],
+        **{key: command[key] for key in told if key in command},
+    }
+    return event, notice | ({"durationMs": round(took)} if took > 0 else {})
+
+
+def as_ntfy(topic: str, notice: Record) -> Record:
+    """Return *notice* as ntfy takes it at its root: https://docs.ntfy.sh/publish/#publish-as-json.
+
+    >>> as_ntfy("t", {"event": "failed", "commandId": "c", "type": "execute_bash", "error": "exit code 1"})["message"]
+    'c: exit code 1'
+    """
+    titles = {"asked": "kirosync asks", "failed": "{type} failed", "long": "{type} has ended"}
+    text = notice.get("prompt") or f"{notice['commandId']}: {notice.get('error', notice.get('outcome', ''))}"
+    title = titles[notice["event"]].format(type=notice["type"])
+    urgent = {"priority": 4} if notice["event"] != "long" else {}
+    return {"topic": topic, "title": title, "message": text[:NOTICE_CHARACTERS], **urgent}
+
+
 YES_OR_NO = {"yes": "yes", "y": "yes", "true": "yes", "no": "no", "n": "no", "false": "no"}
 ANSWERS: dict[str, Callable[[Record, Any], str | None]] = {  # what a value says, None if it is no answer
     "text": lambda question, value: value if isinstance(value, str) else None,
@@ -989,8 +1194,12 @@ REPLACES: dict[str, tuple[str, ...]] = {
 GRAVES = {"delete": "deleted", "archive": "archive"}  # where the last version of what has gone is
 
 
-class Line(msgspec.Struct, frozen=True):
-    """One change in the journal. ``op`` is one of REPLACES, or open: a start of a service."""
+class Line(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One change in the journal. ``op`` is one of REPLACES, or open: a start of a store; or of TOKEN_OPS.
+
+    ``by`` is who wanted it: NAME@ADDRESS of a token, or what it was within the service. Of a command the line says
+    what it is and how it stands, so that nobody who reads it later needs the record as it was.
+    """
 
     revision: int
     at: float
@@ -999,6 +1208,11 @@ class Line(msgspec.Struct, frozen=True):
     id: str
     op: str
     crc: int = 0
+    by: str = ""
+    type: str = ""
+    status: str = ""
+    outcome: str = ""
+    sha256: str = ""  # see hash_of
 
     def topics(self) -> Iterator[tuple[str, ...]]:
         """Yield what those may wait for who are to be told of it."""
@@ -1488,7 +1702,7 @@ class Pen:
     """
 
     def __init__(self, store: Store, now: int) -> None:
-        self.store, self.now = store, now
+        self.store, self.now, self.by = store, now, store.by
         self.revision, self.last_update = store.revision, store.last_update
         self.lines: list[Line] = []
         self.entries: dict[tuple[str, str], Entry | None] = {}
@@ -1511,7 +1725,9 @@ class Pen:
     def put(self, kind: str, identity: str, record: Record) -> None:
         """Make *record* what its id stands for. One that is as it was is no change."""
         known = self._entry(kind, identity)
-        self._write(kind, identity, content_of(kind, record, self.revision + 1, known and known.content))
+        told = {name: str(record.get(name, "")) for name in ("type", "status", "outcome")} if kind == "commands" else {}
+        told |= {"sha256": hash_of(record)} if told else {}
+        self._write(kind, identity, content_of(kind, record, self.revision + 1, known and known.content), **told)
 
     def merge(self, identity: str, messages: list[Record]) -> None:
         """Merge *messages* into a conversation; what they replace goes to its history."""
@@ -1521,13 +1737,13 @@ class Pen:
         self.keep("conversations", identity, losers)
         self._write("conversations", identity, merged)
 
-    def _write(self, kind: str, identity: str, content: Whole | Talk) -> None:
+    def _write(self, kind: str, identity: str, content: Whole | Talk, **told: str) -> None:
         known = self._entry(kind, identity)
         if known and known.content == content:
             return
         file = self.store.file(kind, identity, "put", self.revision + 1)
         pieces = content.file(identity, self.revision + 1, self.store.entries[kind].get(identity))
-        self._enter(kind, identity, "put")
+        self._enter(kind, identity, "put", **told)
         self.entries[kind, identity] = Entry(self.revision, 0, file.path, (0, 0, 0), content)
         self.files[file.path] = file, pieces
 
@@ -1611,6 +1827,14 @@ class Pen:
             raise refusal_of(error) from None
         self.store.saw(name)
 
+    def entitle(self, name: str, token: Record | None) -> None:
+        """Have *name* be the name of *token*, or of none: who has the one before is turned away at once."""
+        tokens = without(self.store.tokens(), name) | ({name: token} if token else {})
+        path = f"{self.store.directory}/tokens.json"
+        text = msgspec.json.format(msgspec.json.encode(tokens), indent=2) + b"\n"
+        self.files[path] = File(path, f"{self.store.directory}/.tokens.json.{os.getpid()}"), [text]
+        self._enter("tokens", name, "add" if token else "revoke")
+
     def touch(self, moment: float) -> None:
         """Move lastUpdate to *moment* (ms), forwards only."""
         if moment > self.last_update:
@@ -1686,7 +1910,9 @@ class Pen:
         if (kind, identity) not in self.entries:
             name = name_of(check_id(identity))
             if self.store.differs(kind, name):
+                by, self.by = self.by, BY_HAND
                 self.adopt(kind, name, patient=False)  # the rule may write over it
+                self.by = by
             self.entries.setdefault((kind, identity), self.store.entries[kind].get(identity))
         return self.entries[kind, identity]
 
@@ -1695,9 +1921,9 @@ class Pen:
             return self.entries[kind, identity]
         return self.store.entries[kind].get(identity)
 
-    def _enter(self, kind: str, identity: str, op: str) -> None:
+    def _enter(self, kind: str, identity: str, op: str, **told: Any) -> None:
         self.revision += 1
-        self.lines.append(Line(self.revision, self.now, self.last_update, kind, identity, op))
+        self.lines.append(Line(self.revision, self.now, self.last_update, kind, identity, op, by=self.by, **told))
 
 
 def digest(text: bytes) -> str:
@@ -1927,12 +2153,17 @@ def nothing(pen: Pen) -> None:
     """The rule that changes nothing; to run it is to take in what others did."""
 
 
+BY: contextvars.ContextVar[str] = contextvars.ContextVar("BY", default="")  # who wants what this thread changes
+BY_HAND = "hand"
+
+
 class Asked(NamedTuple):
     """A change that someone waits for until its ``bell`` is released: it is answered, or it is its turn to commit."""
 
     rule: Callable[[Pen], Any]
     answer: Future[Any]
     bell: threading.Lock
+    by: str = ""
 
 
 class Store:
@@ -1941,8 +2172,14 @@ class Store:
     Any number of threads and processes may have it open. ``kinds`` are those that this one reads.
     """
 
-    def __init__(self, directory: Path, kinds: Iterable[str] = KINDS, clock: Callable[[], int] | None = None) -> None:
-        self.directory, self.kinds = Path(directory).absolute(), tuple(kinds)
+    def __init__(
+        self,
+        directory: Path,
+        kinds: Iterable[str] = KINDS,
+        clock: Callable[[], int] | None = None,
+        by: str = "service",
+    ) -> None:
+        self.directory, self.kinds, self.by = Path(directory).absolute(), tuple(kinds), by
         self.clock = clock or (lambda: time.time_ns() // 1_000_000)
         self.entries: dict[str, dict[str, Entry]] = {kind: {} for kind in self.kinds}
         self.recent: dict[tuple[str, str, str], int] = {}  # (kind, id, op): revision, oldest first
@@ -1959,6 +2196,7 @@ class Store:
         self._next: Asked | None = None  # whose turn it is
         self._suspects: dict[tuple[str, str], int] = {}  # (kind, name): when to look at it again, in ms
         self._sound = False  # else the directory is to be read anew
+        self.trouble = ""  # why the last write failed, until one succeeds
         self._make_folders()
         self._lock = self._open_lock()
         self._journal = Journal(self.directory / "journal.jsonl")
@@ -2100,6 +2338,10 @@ class Store:
             return False
         return True
 
+    def tokens(self) -> dict[str, Record]:
+        """Return what tokens.json says, by the names of the tokens; those that are not well formed do not count."""
+        return tokens_in(self.directory)
+
     def recall(self, name: str) -> bytes:
         """Return what was remembered by this *name*, or nothing."""
         try:
@@ -2156,7 +2398,7 @@ class Store:
         Whoever comes while another commits is committed with the others that wait. Raises what the
         rule raises, Busy if another process holds the lock for too long, Full if the disk is.
         """
-        asked = Asked(rule, Future(), threading.Lock())
+        asked = Asked(rule, Future(), threading.Lock(), BY.get() or self.by)
         asked.bell.acquire()
         with self._queued:
             self._queue.append(asked)
@@ -2194,7 +2436,26 @@ class Store:
             finally:
                 os.close(fd)
         except OSError as error:
-            raise refusal_of(error) from None
+            raise self.refusal(error) from None
+
+    def refusal(self, error: OSError) -> Refusal:
+        """Return what to say of a write that failed, and remember it until one succeeds."""
+        refusal = refusal_of(error)
+        self.trouble = str(refusal)
+        return refusal
+
+    def probe(self) -> None:
+        """Look whether what failed to be written could be by now."""
+        file = File(f"{self.directory}/.probe", f"{self.directory}/.probe")
+        with contextlib.suppress(OSError):
+            set_aside({file: [bytes(BLOCK_BYTES)]})
+            os.unlink(file.path)
+            self.trouble = ""
+
+    def room(self) -> tuple[float, float]:
+        """Return how many bytes, and how many files, still fit on the disk; infinity where it has no such limit."""
+        disk = os.statvfs(self.directory)
+        return disk.f_bavail * disk.f_frsize, disk.f_favail if disk.f_files else math.inf
 
     def _commit_queue(self) -> None:
         """Commit whatever waits, as the one thread that does."""
@@ -2209,9 +2470,10 @@ class Store:
             waiting = waiting or self._take_queue()
             if not isinstance(error, Exception):
                 error = Busy("what was being written was interrupted; try again")
+            error = self.refusal(error) if isinstance(error, OSError) else error
             for asked in waiting:
                 if not asked.answer.done():
-                    asked.answer.set_exception(refusal_of(error) if isinstance(error, OSError) else error)
+                    asked.answer.set_exception(error)
         finally:
             with self._queued:
                 self._together = len(waiting)
@@ -2274,6 +2536,7 @@ class Store:
         answers = []
         for asked in waiting:
             trial = pen.fork()
+            trial.by = asked.by
             try:
                 answers.append((asked.answer, asked.rule(trial)))
                 pen = trial
@@ -2283,6 +2546,7 @@ class Store:
                     raise
         if pen.lines or pen.history or pen.unwanted:
             self._write(pen)
+            self.trouble = ""
         for key, when in looked.items():
             if self._suspects.get(key) == when:
                 del self._suspects[key]
@@ -2358,14 +2622,15 @@ class Store:
 
     # Keeping it small
 
-    def compact(self) -> bool:
+    def compact(self, audited: tuple[int, int] | None = None) -> bool:
         """Replace the journal, if it is long, by what still matters of it; return whether that was done.
 
-        Others go on meanwhile: what is there is read without the lock, which is taken to add what came since.
+        Others go on meanwhile: what is there is read without the lock, which is taken to add what came since. What has
+        not been *audited* (the journal's inode, and how much of it has) stays as it is.
         """
         if self._journal.lines <= 2 * len(self.recent) + SLACK_LINES:
             return False
-        inode, size = self._journal.known
+        inode, size = audited or self._journal.known
         self._journal.summarize(size)
 
         def replace(pen: Pen) -> bool:
@@ -2439,6 +2704,7 @@ class Store:
         for kind, name in due:
             trial = pen.fork()
             try:
+                trial.by = BY_HAND
                 if self.differs(kind, name):
                     trial.adopt(kind, name)
                 pen = trial
@@ -2542,7 +2808,9 @@ class Store:
             self._note(line)
         self.entries = {kind: self.entries[kind] for kind in self.kinds}
         self._suspects = {key: when for key, when in self._suspects.items() if key[0] in self.kinds}
-        epoch = Line(self.revision, self.clock(), self.last_update, "journal", secrets.token_hex(6), "open")
+        if not self.kinds and self.epochs:  # it gives out no cursors
+            return
+        epoch = Line(self.revision, self.clock(), self.last_update, "journal", secrets.token_hex(6), "open", by=self.by)
         self._note(epoch)
         try:
             self._journal.enter([*strangers, epoch])
@@ -2617,6 +2885,331 @@ class Store:
             self._lock = -1
 
 
+class Entered(msgspec.Struct, frozen=True, omit_defaults=True, rename={"place": "from"}):
+    """A line of the audit log: who wanted what, from where; of a command what it is, and how it stands after it.
+
+    ``previous`` is the sha256 of the line before, which so cannot be changed, or taken out, unnoticed.
+    """
+
+    seq: int
+    previous: str
+    at: float
+    revision: int
+    by: str
+    place: str
+    kind: str
+    id: str
+    op: str
+    type: str = ""
+    status: str = ""
+    outcome: str = ""
+    sha256: str = ""  # see hash_of; of what was pruned, that of its last line
+    until: int = 0  # of what was pruned, its last seq
+
+
+class Position(msgspec.Struct):
+    """How far an audit log has come: its last line, by number and sha256, and the last revision that is in it."""
+
+    seq: int = 0
+    sha256: str = ""
+    revision: int = 0
+
+
+class Audit:
+    """The log of every change, audit.jsonl in *folder*, in which each line vouches for the one before.
+
+    It follows the journal, which has all that it says: what a crash kept from it is entered at the next start. How far
+    it came is remembered in the state directory too, so that a log whose end was cut off is found out.
+    """
+
+    def __init__(self, store: Store, folder: Path) -> None:
+        self.store, self.path = store, folder / "audit.jsonl"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.journal = open(store.directory / "journal.jsonl", "rb")  # noqa: SIM115  for as long as the service runs
+        self.known = self.position()
+
+    def position(self) -> Position:
+        """Return where to go on; a line that was not written to its end is taken out."""
+        told, last = audited_in(self.store.directory), Position()
+        for path in (*audit_files(self.path.parent)[-1:], self.path):
+            for raw, line in entered_in(path):
+                last = Position(line.seq, digest(raw), line.revision) if line else last
+        with contextlib.suppress(FileNotFoundError), open(self.path, "r+b") as file:
+            text = file.read()
+            file.truncate(text.rfind(b"\n") + 1)
+        if told and told.seq > last.seq:
+            log.error("the audit log has lost the lines %d to %d", last.seq + 1, told.seq)
+            return told
+        return last if told else Position(last.seq, last.sha256)  # of another state: none of it is in this one's
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The inode of the journal, and how much of it has been entered."""
+        return os.fstat(self.journal.fileno()).st_ino, self.journal.tell()
+
+    def follow(self) -> list[Line]:
+        """Enter what is new in the journal, durably, and return it; raise OSError, and then it is for the next time."""
+        place, lines = self.journal.tell(), [Line(self.known.revision, 0, 0, "", "", "")]
+        for line in self.read():
+            if line.op in AUDITED and line.revision > lines[-1].revision:  # it may be in the next journal too
+                lines.append(line)
+        del lines[0]
+        try:
+            for start in range(0, len(lines), AUDIT_LINES):
+                self.enter(lines[start : start + AUDIT_LINES])
+        except OSError:
+            self.journal.seek(place)
+            raise
+        return lines
+
+    def read(self) -> Iterator[Line]:
+        """Yield the lines of the journal that have not been read; of the one before, if it was replaced, first."""
+        while True:
+            for raw in self.journal:
+                if not raw.endswith(b"\n"):
+                    self.journal.seek(-len(raw), os.SEEK_CUR)
+                    break
+                with contextlib.suppress(ValueError):
+                    yield msgspec.json.decode(raw, type=Line)
+            try:
+                if os.path.samestat(os.fstat(self.journal.fileno()), os.stat(self.journal.name)):
+                    return
+            except FileNotFoundError:  # removed by hand: another comes
+                return
+            self.journal.close()
+            self.journal = open(self.journal.name, "rb")  # noqa: SIM115
+
+    def enter(self, lines: Sequence[Line]) -> None:
+        self.make_room()
+        known, text = self.known, b""
+        for line in lines:
+            raw = entered(known, line)
+            text += raw + b"\n"
+            known = Position(known.seq + 1, digest(raw), line.revision)
+        self.append(text)
+        self.known = known
+        self.store.remember("audit", msgspec.json.encode(known))
+
+    def append(self, text: bytes) -> None:
+        """Add *text* to the log: all of it, or none and OSError."""
+        fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        try:
+            size = os.fstat(fd).st_size
+            try:
+                write_all(fd, text)
+                os.fdatasync(fd)
+            except OSError:
+                os.ftruncate(fd, size)
+                raise
+        finally:
+            os.close(fd)
+
+    def make_room(self) -> None:
+        """Begin another file if this one is large; the oldest of too many goes, and the log says so."""
+        if not self.path.exists() or self.path.stat().st_size < AUDIT_BYTES:
+            return
+        os.rename(self.path, self.path.with_name(f"audit-{self.known.seq:015d}.jsonl"))
+        for old in audit_files(self.path.parent)[:-AUDIT_FILES]:
+            [(raw, last)] = collections.deque(entered_in(old), 1)
+            line = Line(self.known.revision, self.store.clock(), 0, "audit", old.name, "prune", by=self.store.by)
+            pruned = msgspec.structs.replace(
+                said_of(self.known, line), sha256=digest(raw), until=last.seq if last else 0
+            )
+            text = msgspec.json.encode(pruned)
+            self.append(text + b"\n")
+            self.known = Position(self.known.seq + 1, digest(text), self.known.revision)
+            old.unlink()
+
+    def close(self) -> None:
+        self.journal.close()
+
+
+AUDITED = ("put", "delete", "archive", "quarantine", "add", "revoke", "restore")  # the ops that are changes to someone
+
+
+def said_of(known: Position, line: Line) -> Entered:
+    """Return what the audit log, which has come as far as *known*, says next, of a *line* of the journal."""
+    by, _, place = line.by.rpartition("@") if "@" in line.by else (line.by, "", "")
+    told = (line.kind, line.id, line.op, line.type, line.status, line.outcome, line.sha256)
+    return Entered(known.seq + 1, known.sha256, line.at, line.revision, by, place, *told)
+
+
+def entered(known: Position, line: Line) -> bytes:
+    return msgspec.json.encode(said_of(known, line))
+
+
+def audited_in(directory: Path) -> Position | None:
+    """Return how far the audit log of a state *directory* had come, None if that is not known."""
+    with contextlib.suppress(FileNotFoundError, Unreadable, ValueError):
+        return msgspec.json.decode(read_file(f"{directory}/audit.json")[0], type=Position)
+    return None
+
+
+def audit_files(folder: Path) -> list[Path]:
+    """Return the files of an audit log that are full, the oldest first."""
+    return sorted(folder.glob("audit-*.jsonl"))
+
+
+def entered_in(path: Path) -> Iterator[tuple[bytes, Entered | None]]:
+    """Yield each line of a file of an audit log, and what it says, None if that is no line."""
+    try:
+        with open(path, "rb") as file:
+            for raw in file:
+                line = None
+                with contextlib.suppress(ValueError):
+                    line = msgspec.json.decode(raw, type=Entered)
+                yield raw.rstrip(b"\n"), line
+    except FileNotFoundError:
+        return
+
+
+class Chain:
+    """The lines of an audit log, one by one, each of which must vouch for the one before.
+
+    *told* is how far the log had come, from the state directory: without it, one whose end was cut off looks whole.
+    """
+
+    def __init__(self, told: Position | None) -> None:
+        self.told, self.known, self.before = told, Position(), ""
+        self.count, self.start, self.pruned = 0, Position(), set[tuple[int, str]]()
+
+    def add(self, here: str, raw: bytes, line: Entered | None) -> str:
+        """Return what is wrong with a line, or with the one before it, "" if nothing is."""
+        if line is None:
+            return f"{here} was changed: it is no line of the log"
+        if not self.count:
+            self.start = self.known = Position(line.seq - 1, line.previous)
+        if line.seq != self.known.seq + 1:
+            return f"{here} is number {line.seq} where {self.known.seq + 1} should be: lines are missing"
+        if line.previous != self.known.sha256:
+            return f"{self.before} was changed: its sha256 is not the one that the line after it has"
+        self.known, self.before, self.count = Position(line.seq, digest(raw), line.revision), here, self.count + 1
+        self.pruned |= {(line.until, line.sha256)} if line.op == "prune" else set()
+        if self.told and self.told.seq == line.seq and self.told.sha256 != self.known.sha256:
+            return f"{here} was changed: its sha256 is not the one that the state directory has"
+        return ""
+
+    def end(self) -> str:
+        """Return what is missing before the first line, or after the last."""
+        if self.start.seq and (self.start.seq, self.start.sha256) not in self.pruned:
+            return f"the lines 1 to {self.start.seq} are missing, and nothing says that they were pruned"
+        if self.told and self.told.seq > self.known.seq:
+            return f"the lines {self.known.seq + 1} to {self.told.seq} are missing at its end"
+        return ""
+
+
+def verify_audit(folder: Path, told: Position | None) -> tuple[int, str]:
+    """Return how many lines of the audit log in *folder* are whole, and what is wrong with the next, "" if nothing."""
+    chain = Chain(told)
+    for path in (*audit_files(folder), folder / "audit.jsonl"):
+        for number, (raw, line) in enumerate(entered_in(path), 1):
+            if problem := chain.add(f"{path.name} line {number}", raw, line):
+                return chain.count, problem
+    return chain.count, chain.end()
+
+
+def tokens_in(directory: Path) -> dict[str, Record]:
+    """Return the well-formed tokens of the file tokens.json by name; the others are in the log, and nobody's."""
+    try:
+        said = check(dict[str, Any], parse(read_file(f"{directory}/tokens.json")[0]), "")
+    except FileNotFoundError:
+        return {}
+    except (Unreadable, Malformed) as problem:
+        log.error("tokens.json cannot be read, so no token in it counts: %s", problem)
+        return {}
+    tokens = {}
+    for name, token in itertools.islice(said.items(), TOKENS):
+        try:
+            tokens[name] = check(TOKEN, token, "")
+        except Malformed as problem:
+            log.error("tokens.json: the token %r does not count: %s", name, problem)
+    return tokens
+
+
+def used_in(directory: Path) -> Record:
+    """Return when (ms), and from where, each token was last used, by name; a minute may be missing."""
+    with contextlib.suppress(FileNotFoundError, Unreadable, Malformed):
+        return check(dict[str, Any], parse(read_file(f"{directory}/used.json")[0]), "")  # type: ignore[no-any-return]
+    return {}
+
+
+class Keyring:
+    """Who may ask: the tokens as they are in the state directory at this moment, and the one *given* by the settings.
+
+    Where none is given, the file token has it. What is changed there counts from the next request on.
+    """
+
+    def __init__(self, directory: Path, given: str = "") -> None:
+        self.directory, self.given = directory, given
+        self.paths = [f"{directory}/{name}" for name in ("tokens.json", "token")]
+        self.stamps: list[Stamp] | None = None
+        self.tokens: list[Token] = []
+        self.used = dict[str, Record]()  # by name: when (ms) and from where it last came
+
+    def find(self, secret: bytes) -> Token | None:
+        """Return the token that *secret* is, expired or not; None if it is none."""
+        return matching(self.known(), secret)
+
+    def known(self) -> list[Token]:
+        stamps = [*map(stamp_at, self.paths)]  # before they are read: what comes meanwhile is seen the next time
+        if stamps != self.stamps:
+            self.tokens, self.stamps = [*self.read()], stamps
+        return self.tokens
+
+    def read(self) -> Iterator[Token]:
+        for name, said in tokens_in(self.directory).items():
+            yield token_from(name, said)
+        if master := self.given.encode() or self.master():
+            yield Token(MASTER, "admin", hashlib.sha256(master).hexdigest())
+
+    def master(self) -> bytes:
+        """Return what the file token holds."""
+        with contextlib.suppress(FileNotFoundError, Unreadable):
+            return read_file(self.paths[1])[0].strip()
+        return b""
+
+    def make(self) -> None:
+        """Make the file token if nobody could ask anything otherwise; raise OSError."""
+        if not self.given and not os.path.exists(self.paths[1]) and not tokens_in(self.directory):
+            file = File(self.paths[1], f"{self.directory}/.token")
+            set_aside({file: [new_secret().encode() + b"\n"]})
+            put_in_place([file])
+
+    def saw(self, token: Token, sender: str, now: int) -> None:
+        self.used[token.name] = {"at": now, "from": sender}
+
+
+def new_secret() -> str:
+    """Return a token: its first letters say whose it is to who finds one lying about."""
+    return f"kirosync_{secrets.token_urlsafe(32)}"
+
+
+def stamp_at(path: str) -> Stamp:
+    try:
+        return stamp_of(os.stat(path))
+    except OSError:
+        return 0, 0, 0
+
+
+def hold_service(directory: Path, address: str) -> int | None:
+    """Return a descriptor that keeps other services away from *directory* while it is open; None if there is one."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fd = os.open(directory / ".service", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    if not filelock.lock_descriptor(fd, blocking=False):
+        os.close(fd)
+        return None
+    os.ftruncate(fd, 0)
+    write_all(fd, f"{os.getpid()} {address}\n".encode())
+    return fd
+
+
+def who_serves(directory: Path) -> str:
+    """Return what the service of *directory* said of itself: its process and its address."""
+    with contextlib.suppress(FileNotFoundError, Unreadable):
+        return read_file(f"{directory}/.service")[0].decode(errors="replace").strip()
+    return ""
+
+
 def refusal_of(error: OSError) -> Refusal:
     """Return what to say of a write that failed."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -2630,42 +3223,55 @@ def refusal_of(error: OSError) -> Refusal:
 # The only code that knows HTTP.
 
 
+PUBLIC: tuple[str, ...] = ()  # the scopes that a route may be asked with; where there are none, no token is wanted
+LOOK = ("read", "client", "agent", "ide", "admin")
+READ = ("read", "client", "ide", "admin")
+WRITE = ("client", "ide", "admin")
+SUBMIT = ("client", "agent", "ide", "admin")
+EXECUTE_AS = ("agent", "ide", "admin")
+
+
 class Route(NamedTuple):
-    """A method and a path, the handler's name, what may follow the "?", and whether it is for everyone."""
+    """A method and a path, the handler's name, the scopes that it takes, and what may follow the "?".
+
+    What more a scope decides, by the type of the command say, is in GRANTS.
+    """
 
     method: str
     path: str
     handler: str
+    scopes: tuple[str, ...]
     query: tuple[str, ...] = ()
-    public: bool = False
 
 
 ROUTES = (
-    Route("GET", "/", "get_home", public=True),
-    Route("GET", "/docs", "get_docs", public=True),
-    Route("GET", "/openapi.json", "get_openapi", public=True),
-    Route("GET", "/health", "get_health", public=True),
-    Route("GET", "/sync", "get_sync", ("since", "wait", "only", "status", "agent")),
-    Route("POST", "/sync", "post_sync", ("since",)),
-    Route("POST", "/command", "post_command", ("wait",)),
-    Route("GET", "/commands", "get_commands", ("status", "type", "limit")),
-    Route("POST", "/command/<identity:path>/cancel", "post_cancel"),
-    Route("GET", "/command/<identity:path>/output", "get_output", ("stream", "offset", "tail", "wait")),
-    Route("POST", "/command/<identity:path>/output", "post_output", ("stream", "offset", "attempt", "agent", "claim")),
-    Route("POST", "/command/<identity:path>/input", "post_input"),
-    Route("GET", "/command/<identity:path>", "get_command", ("wait",)),
-    Route("PATCH", "/command/<identity:path>", "patch_command"),
-    Route("DELETE", "/<kind:re:conversation|document|command>/<identity:path>", "delete"),
-    Route("GET", "/agents", "get_agents"),
-    Route("PUT", "/agents/<identity:path>", "put_agent"),
-    Route("PATCH", "/agents/<identity:path>", "patch_agent"),
-    Route("DELETE", "/agents/<identity:path>", "delete_agent"),
-    Route("POST", "/api/kiro/execute", "post_execute"),
-    Route("GET", "/api/kiro/status", "get_kiro_status"),
-    Route("POST", "/api/kiro/input", "post_kiro_input"),
+    Route("GET", "/", "get_home", PUBLIC),
+    Route("GET", "/docs", "get_docs", PUBLIC),
+    Route("GET", "/openapi.json", "get_openapi", PUBLIC),
+    Route("GET", "/health", "get_health", PUBLIC),
+    Route("GET", "/metrics", "get_metrics", READ),
+    Route("GET", "/sync", "get_sync", LOOK, ("since", "wait", "only", "status", "agent")),
+    Route("POST", "/sync", "post_sync", WRITE, ("since",)),
+    Route("POST", "/command", "post_command", SUBMIT, ("wait",)),
+    Route("GET", "/commands", "get_commands", LOOK, ("status", "type", "limit")),
+    Route("POST", "/command/<identity:path>/cancel", "post_cancel", SUBMIT),
+    Route("GET", "/command/<identity:path>/output", "get_output", LOOK, ("stream", "offset", "tail", "wait")),
+    Route(
+        *("POST", "/command/<identity:path>/output", "post_output", EXECUTE_AS),
+        ("stream", "offset", "attempt", "agent", "claim"),
+    ),
+    Route("POST", "/command/<identity:path>/input", "post_input", WRITE),
+    Route("GET", "/command/<identity:path>", "get_command", LOOK, ("wait",)),
+    Route("PATCH", "/command/<identity:path>", "patch_command", SUBMIT),
+    Route("DELETE", "/<kind:re:conversation|document|command>/<identity:path>", "delete", WRITE),
+    Route("GET", "/agents", "get_agents", LOOK),
+    Route("PUT", "/agents/<identity:path>", "put_agent", EXECUTE_AS),
+    Route("PATCH", "/agents/<identity:path>", "patch_agent", EXECUTE_AS),
+    Route("DELETE", "/agents/<identity:path>", "delete_agent", EXECUTE_AS),
+    Route("POST", "/api/kiro/execute", "post_execute", WRITE),
+    Route("GET", "/api/kiro/status", "get_kiro_status", READ),
+    Route("POST", "/api/kiro/input", "post_kiro_input", WRITE),
 )
-
-SAID_WITH = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}  # the headers of a refusal, by its status
 
 OWN_FIELDS = {"id", "revision"}  # of every record; on the wire the key says the one and the cursor the other
 SET_LATER = (
@@ -2704,13 +3310,14 @@ def check_push(push: Record) -> Record:
     return push
 
 
-def take_push(pen: Pen, push: Record) -> str:
-    """Merge *push* into the state; return "updated" if its clock is ahead of the server's, else "current"."""
+def take_push(pen: Pen, push: Record, asker: Token) -> str:
+    """Merge what *asker* sent into the state; return "updated" if its clock is ahead of ours, else "current"."""
     moment = push.get("lastUpdate", 0)
     updated = bool(moment > pen.last_update)
     if updated:
         pen.touch(moment if moment <= pen.now + AHEAD_MS else pen.now)
-    for kind, take in (("conversations", take_messages), ("documents", take_document), ("commands", take_command)):
+    take_it = partial(take_command, asker=asker)
+    for kind, take in (("conversations", take_messages), ("documents", take_document), ("commands", take_it)):
         for identity, record in push.get(kind, {}).items():
             take(pen, identity, record)
     return "updated" if updated else "current"
@@ -2735,11 +3342,15 @@ def take_document(pen: Pen, identity: str, document: Record) -> None:
     pen.put("documents", identity, merged)
 
 
-def take_command(pen: Pen, identity: str, command: Record) -> None:
+def take_command(pen: Pen, identity: str, command: Record, asker: Token) -> None:
+    """Take in what *asker* pushed: of a command that is known, a report by who may take it; else it is queued."""
     known, grave = pen.get("commands", identity), pen.grave("commands", identity)
     if grave and not known and command.get("updatedAt", command.get("createdAt", 0)) <= grave["deletedBefore"]:
         return
-    put_command(pen, known, merge_command(known, {**command, "id": identity}, pen.now))
+    if known and asker.scope != "admin" and known["type"] not in GRANTS[asker.scope].takes:
+        return
+    merged = merge_command(known, {**command, "id": identity}, pen.now)
+    put_command(pen, known, merged if known else {**merged, "queuedBy": asker.name})
 
 
 def report(pen: Pen, identity: str, patch: Record) -> Record:
@@ -2963,8 +3574,9 @@ class Room:
 
 
 class Caller(NamedTuple):
-    """Who waits for an execution, and for what order, by its sha256."""
+    """Who waits for an execution, by the name of the token, and for what order, by its sha256."""
 
+    name: str
     sha256: str
     channel: Any
 
@@ -2985,7 +3597,7 @@ class Editors:
         One whose caller *waits* has a mark by which it is found by a caller who was cut off.
         """
         with self.starting:
-            marks = {"orderSha256": caller.sha256} if waits else {}
+            marks = {"queuedBy": caller.name} | ({"orderSha256": caller.sha256} if waits else {})
             command = self.started(order, key, caller) or self.queue(order, key, marks)
             self.callers[command["id"]] = caller
             return command
@@ -3110,6 +3722,218 @@ class Editors:
         return waiting[0] if waiting else max(asked, key=lambda identity: asked[identity]["createdAt"])
 
 
+class Meter:
+    """What each has left of something that refills at a *rate* a second up to *burst*; a debt must be filled up first.
+
+    Of METERED who asked last; for the others it is full.
+    """
+
+    def __init__(self, rate: float, burst: float) -> None:
+        self.rate, self.burst, self.guard = rate, burst, threading.Lock()
+        self.levels: dict[str, tuple[float, float]] = {}  # and when it was so, s
+
+    def level(self, who: str) -> float:
+        level, then = self.levels.get(who, (self.burst, 0))
+        return refilled(level, time.monotonic() - then, self.rate, self.burst)
+
+    def pause(self, who: str) -> float:
+        """Return in how many seconds there will be something left, 0 if there is."""
+        level = self.level(who)
+        return 0 if level >= 1 else (1 - level) / self.rate
+
+    def take(self, who: str, amount: float) -> None:
+        with self.guard:
+            level = self.level(who) - amount
+            self.levels.pop(who, None)
+            self.levels[who] = level, time.monotonic()
+            if len(self.levels) > METERED:
+                del self.levels[next(iter(self.levels))]
+
+
+class Gate:
+    """Who comes in: whose token it is, and whether that token, or the address, has asked for too much.
+
+    A token that nobody can guess is let in whatever its address has tried before. Of a shorter one an address that has
+    tried too much must wait, unless it came with that very one before: so nobody finds it, and nobody locks it out.
+    """
+
+    def __init__(self, keyring: Keyring, places: int) -> None:
+        self.keyring, self.places, self.guard = keyring, places, threading.Lock()
+        self.tries, self.visits = Meter(TRIES_A_S, TRIES), Meter(VISITS_A_S, VISITS)
+        self.requests = {scope: Meter(quota.requests, quota.requests * BURST_S) for scope, quota in QUOTAS.items()}
+        self.bytes = {scope: Meter(quota.bytes, quota.bytes * BURST_BYTES_S) for scope, quota in QUOTAS.items()}
+        self.came: dict[tuple[str, str], None] = {}  # the address and the sha256 of short tokens that were right
+        self.held = collections.Counter[str]()  # requests, by the token's name
+        self.refused = 0
+
+    def admit(self, authorization: str, sender: str, scopes: Sequence[str], now: int) -> Token | None:
+        """Return who asks for something that *scopes* may, None for what is public; raise why not."""
+        secret, home = secret_in(authorization), household(sender)
+        token = self.recognize(secret, home) if secret else None
+        if token is None:
+            self.turn_away(home, secret, scopes)
+            return None
+        if token.expires <= now:
+            raise Unauthorized(f"the token {token.name!r} expired on {iso(token.expires)}")
+        self.keyring.saw(token, sender, now)
+        self.limit(self.requests[token.scope], token.name, f"the token {token.name!r} has sent too many requests")
+        self.limit(self.bytes[token.scope], token.name, f"the token {token.name!r} has moved too many bytes", 0)
+        if scopes and token.scope not in scopes:
+            raise Forbidden(token.scope, "ask this", scopes)
+        return token
+
+    def check_sender(self, authorization: str, sender: str, now: int) -> None:
+        """Raise why who asks may not send what is large; who may is let in later, when all of it is there."""
+        secret, home = secret_in(authorization), household(sender)
+        token = self.recognize(secret, home) if secret else None
+        if token is None:
+            self.turn_away(home, secret, get_args(Scope))
+        elif token.expires <= now:
+            raise Unauthorized
+
+    def recognize(self, secret: bytes, home: str) -> Token | None:
+        """Return the token that *secret* is, None if it is none, or may only be guessed."""
+        short = len(secret) < UNGUESSABLE
+        came = home, digest(secret)
+        if short and came not in self.came and self.tries.pause(home):
+            return None
+        token = self.keyring.find(secret)
+        if short and token:
+            self.came[came] = None
+            if len(self.came) > METERED:
+                del self.came[next(iter(self.came))]
+        return token
+
+    def turn_away(self, home: str, secret: bytes, scopes: Sequence[str]) -> None:
+        """Raise why who has no valid token does not come in; who wants what is public does."""
+        if secret or scopes:
+            self.refused += 1
+            self.limit(self.tries, home, "too many requests without a valid token came from your address")
+        if scopes:
+            raise Unauthorized
+        self.limit(self.visits, home, "too many requests came from your address")
+
+    def limit(self, meter: Meter, who: str, sentence: str, amount: float = 1) -> None:
+        """Take *amount* from what *who* has left; raise TooMany if that is nothing."""
+        if pause := meter.pause(who):
+            raise TooMany(f"{sentence}; try again in {max(1, math.ceil(pause))} s", pause)
+        if amount:
+            meter.take(who, amount)
+
+    def charge(self, token: Token | None, size: int) -> None:
+        """Count *size* bytes that went to or came from who has the *token*."""
+        if token and size:
+            self.bytes[token.scope].take(token.name, size)
+
+    @contextlib.contextmanager
+    def place(self, token: Token | None) -> Iterator[bool]:
+        """Say whether there is a place for one more request to be held, for this *token*, and keep it meanwhile."""
+        name, most = (token.name, QUOTAS[token.scope].held) if token else ("", 0)
+        with self.guard:
+            free = self.held.total() < self.places and self.held[name] < most
+            self.held[name] += free
+        try:
+            yield free
+        finally:
+            with self.guard:
+                self.held[name] -= free
+
+    def still(self, token: Token | None, now: int) -> None:
+        """Raise Unauthorized if *token*, which was let in, has meanwhile been revoked, or has expired."""
+        if token and (token not in self.keyring.known() or token.expires <= now):
+            raise Unauthorized
+
+
+def secret_in(authorization: str) -> bytes:
+    """Return the secret that an Authorization names, b"" if it names none."""
+    scheme, _, text = authorization.partition(" ")
+    return text.strip().encode("latin-1", "replace") if scheme.lower() == "bearer" else b""
+
+
+def household(sender: str) -> str:
+    """Return what is counted as one address: of IPv6 the network, of which whoever has one address has all.
+
+    >>> household("2001:db8::1"), household("192.0.2.1")
+    ('2001:db8::/64', '192.0.2.1')
+    """
+    try:
+        return str(ipaddress.ip_network(f"{sender}/64", strict=False)) if ":" in sender else sender
+    except ValueError:
+        return sender
+
+
+class Notifier:
+    """Tells someone outside, by HTTP, what a human is to know of (see notice_of); a queue keeps what must wait.
+
+    The address of ntfy, with ntfy+ before it, gets a title and a text; any other the notice as JSON.
+    """
+
+    def __init__(self, store: Store, url: str, wanted: Container[str], after_s: float, token: str = "") -> None:
+        self.store, self.wanted, self.after_s = store, wanted, after_s
+        self.topic = urllib.parse.urlsplit(url).path.strip("/") if url.startswith("ntfy+") else ""
+        self.url = urllib.parse.urljoin(url.removeprefix("ntfy+"), "/") if self.topic else url
+        self.headers = {"Content-Type": "application/json", "User-Agent": f"kirosync/{__version__}"}
+        self.headers |= {"Authorization": f"Bearer {token}"} if token else {}
+        self.waiting: queue_of.Queue[Record] = queue_of.Queue(NOTICES)
+        self.counts = collections.Counter({"sent": 0, "failed": 0, "dropped": 0})
+        self.opener = urllib.request.build_opener(NoRedirect)
+
+    def consider(self, lines: Iterable[Line]) -> None:
+        """Queue what of the changes *lines* a human is to know."""
+        for line in lines:
+            entry = self.store.get("commands", line.id) if line.kind == "commands" and line.op == "put" else None
+            if entry and entry.content.status == line.status:
+                event, notice = notice_of(entry.record(line.id), self.after_s)
+                if event in self.wanted:
+                    self.enqueue(notice)
+
+    def enqueue(self, notice: Record) -> None:
+        try:
+            self.waiting.put_nowait(notice)
+        except queue_of.Full:
+            self.counts["dropped"] += 1
+            log.warning("%d notifications wait already; that of %s is dropped", NOTICES, notice["commandId"])
+
+    def work(self) -> None:
+        """Send what is queued, one after the other, until the store is closed."""
+        while not self.store.closed:
+            with contextlib.suppress(queue_of.Empty):
+                notice = self.waiting.get(timeout=SWEEP_S)
+                self.counts["sent" if self.insist(notice) else "failed"] += 1
+
+    def insist(self, notice: Record) -> bool:
+        """Send *notice*, and again if that fails; return whether it arrived."""
+        problem = ""
+        for pause in NOTIFY_PAUSES_S:
+            if self.store.closing.wait(pause):
+                break
+            try:
+                self.send(notice)
+                return True
+            except urllib.error.HTTPError as answer:
+                problem = f"it answers {answer.code}"
+                if answer.code not in (408, 429) and answer.code < 500:  # the same again will not do better
+                    break
+            except (OSError, http.client.HTTPException) as error:
+                problem = type(error).__name__ if isinstance(error, http.client.HTTPException) else str(error)
+        host = urllib.parse.urlsplit(self.url).hostname  # no more of it: an address may be a secret
+        log.warning("%s was not notified of %s: %s", host, notice["commandId"], problem)
+        return False
+
+    def send(self, notice: Record) -> None:
+        body = msgspec.json.encode(as_ntfy(self.topic, notice) if self.topic else notice)
+        request = urllib.request.Request(self.url, body, self.headers, method="POST")
+        with self.opener.open(request, timeout=NOTIFY_S) as answer:
+            answer.read(BLOCK_BYTES)
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Follows none: what is sent is for the address that was given, and for no other."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 class Service:
     """The routes, and the one plugin through which every request passes: token, errors, request id."""
 
@@ -3118,21 +3942,26 @@ class Service:
     def __init__(
         self,
         store: Store | None,
-        token: str,
+        keyring: Keyring,
         host: str = "127.0.0.1",
         port: int = 0,
         *,
         threads: int = THREADS,
         execute_s: float = EXECUTE_S,
     ) -> None:
-        self.token, self.host, self.port, self.execute_s = token, host, port, execute_s
+        self.keyring, self.host, self.port, self.execute_s = keyring, host, port, execute_s
         self.started, self.listening = time.monotonic(), 0
         self.opened: Store | None = None
+        self.audit: Audit | None = None
+        self.notifier: Notifier | None = None
+        self.accounting = threading.Lock()
         if store:
             self.begin(store)
         self.name_of_run = secrets.token_hex(4)  # and a number make the id of a request: no system call for each
         self.requests = itertools.count(1)
-        self.waiters = threading.BoundedSemaphore(max(0, threads - max(2, threads // 4)))
+        self.gate = Gate(keyring, places=max(0, threads - max(2, threads // 4)))
+        self.counts = collections.Counter[tuple[str, str, int]]()  # of requests: method, path of the route, status
+        self.counting = threading.Lock()
         self.door, self.last_left = threading.Lock(), 0.0
         self.spool, self.work = Room(SPOOL_BYTES), Room(WORK_BYTES)
         self.doors: list[Door] = []
@@ -3142,10 +3971,14 @@ class Service:
         self.app.default_error_handler = self.unrouted
         self.app.install(self)
         for route in ROUTES:
-            self.app.route(route.path, route.method, getattr(self, route.handler), public=route.public)
+            self.app.route(route.path, route.method, getattr(self, route.handler), scopes=route.scopes)
 
-    def begin(self, store: Store) -> None:
-        """Answer from *store* from now on; until then who wants it is told to come again."""
+    def begin(self, store: Store, audit: Audit | None = None, notifier: Notifier | None = None) -> None:
+        """Answer from *store* from now on, enter its changes in *audit*, and tell them to *notifier*.
+
+        Until then who asks is told to come again.
+        """
+        self.audit, self.notifier = audit, notifier
         self.told, self.open, self.listening = Told(store), Open(store), store.clock()
         self.editors = Editors(store, self.open)
         self.opened = store
@@ -3157,7 +3990,9 @@ class Service:
         return self.opened
 
     def apply(self, handler: Callable[..., Any], route: Any) -> Callable[..., Any]:
-        return lambda **arguments: self.answer(lambda: handler(**arguments), route.config.get("public", False))
+        return lambda **arguments: self.answer(
+            lambda: handler(**arguments), route.config["scopes"], readable(route.rule)
+        )
 
     def unrouted(self, error: Any) -> Any:
         """Answer what Bottle could not route: 404 and 405, for who has a token."""
@@ -3169,24 +4004,26 @@ class Service:
                 raise NotAllowed(f"{method} is not for {path}; possible: {allowed}", allowed=allowed.split(","))
             raise NotFound(f"there is no {path}; GET /docs lists what there is")
 
-        return self.answer(refuse, public=False)
+        return self.answer(refuse, LOOK)
 
-    def answer(self, handler: Callable[[], Any], public: bool) -> Any:
-        """Return the body, bytes or a file, of what *handler* answers or raises, and set the status and the headers."""
-        request, response = bottle.request, bottle.response
+    def answer(self, handler: Callable[[], Any], scopes: Sequence[str], path: str = "") -> Any:
+        """Return the body, bytes or a file, of what *handler* answers or raises, and set the status and the headers.
+
+        It is asked for by who has one of *scopes*; *path* is that of its route.
+        """
+        request, response, began = bottle.request, bottle.response, time.monotonic()
         identity = header("X-Request-Id")
         if not re.fullmatch(r"[\w.-]{1,64}", identity, re.ASCII):
             identity = f"{self.name_of_run}-{next(self.requests)}"
         response.set_header("X-Request-Id", identity)
         response.content_type = "application/json"
         try:
-            if not public and not self.is_authenticated():
-                raise Unauthorized
+            self.let_in(scopes)
             check_path(request.environ.get("bottle.raw_path", ""))
             body = self.reserved(handler())
         except Refusal as refusal:
             response.status = refusal.status
-            for name, value in SAID_WITH.get(refusal.status, {}).items():
+            for name, value in refusal.headers.items():
                 response.set_header(name, value)
             body = refusal.body() | ({"timestamp": iso(time.time() * 1000)} if isinstance(refusal, Coded) else {})
         except Exception:  # a defect of ours: the caller learns where to look, the log learns what
@@ -3195,7 +4032,13 @@ class Service:
             body = {"error": "Internal Server Error", "message": "see the log for this request", "requestId": identity}
         finally:
             self.put_away()
-        return body if hasattr(body, "read") else self.send(pieces_of(body))  # Bottle hands a file on
+        if hasattr(body, "read"):  # a file: Bottle hands it on
+            self.note(path, int(response.headers["Content-Length"]), began)
+            return body
+        pieces = pieces_of(body)
+        ends = [*itertools.accumulate(map(len, pieces))] or [0]
+        self.note(path, ends[-1], began)
+        return self.send(pieces, ends)
 
     def reserved(self, body: Any) -> Any:
         """Return *body* with room for what is to be set aside of it until the client has read it; raise Busy."""
@@ -3207,10 +4050,40 @@ class Service:
             channel.reserve(min(size, SPOOL_BYTES))
         return pieces
 
-    def send(self, pieces: list[bytes]) -> bytes | Iterator[bytes]:
+    def let_in(self, scopes: Sequence[str]) -> None:
+        """Note who asks; raise why they may not ask what *scopes* may."""
+        environ, sender = bottle.request.environ, str(bottle.request.environ.get("REMOTE_ADDR", ""))
+        environ["kirosync.token"] = None
+        BY.set(f"nobody@{sender}")
+        token = self.gate.admit(header("Authorization"), sender, scopes, time.time_ns() // 1_000_000)
+        environ["kirosync.token"] = token
+        BY.set(f"{token.name}@{sender}" if token else f"nobody@{sender}")
+
+    @property
+    def asker(self) -> Token:
+        """Who asks, for what is not public."""
+        token: Token | None = bottle.request.environ["kirosync.token"]
+        if token is None:
+            raise Unauthorized
+        return token
+
+    def note(self, path: str, size: int, began: float) -> None:
+        """Count an answer of *size* bytes to what was asked of the route *path*, and enter it in the access log."""
+        request, status = bottle.request, bottle.response.status_code
+        with self.counting:
+            self.counts[request.method if path else "", path, status] += 1
+        token, received = request.environ.get("kirosync.token"), max(0, request.content_length)
+        self.gate.charge(token, size + received)
+        if access.isEnabledFor(logging.INFO):
+            said = {"at": iso(time.time() * 1000), "requestId": bottle.response.get_header("X-Request-Id")}
+            said |= {"by": token.name if token else "", "from": request.environ.get("REMOTE_ADDR", "")}
+            said |= {"method": request.method, "path": request.path, "status": status, "bytes": size}
+            said |= {"received": received, "ms": round((time.monotonic() - began) * 1000)}
+            access.info(msgspec.json.encode(said).decode())
+
+    def send(self, pieces: list[bytes], ends: list[int]) -> bytes | Iterator[bytes]:
         """Return what is to be sent of a body in *pieces*: compressed if that is wanted; if it is long, in blocks."""
-        ends, response = [*itertools.accumulate(map(len, pieces))], bottle.response
-        size = ends[-1] if ends else 0
+        response, size = bottle.response, ends[-1]
         response.set_header("Vary", "Accept-Encoding")
         wanted = size >= GZIP_BYTES and bottle.request.method != "HEAD"
         compress = wanted and ACCEPTS_GZIP.search(header("Accept-Encoding"))
@@ -3223,14 +4096,9 @@ class Service:
         parts = blocks(pieces, ends)
         return gzipped(parts) if compress else parts
 
-    def is_authenticated(self) -> bool:
-        return self.knows(header("Authorization"))
-
-    def knows(self, authorization: str) -> bool:
-        """Return whether this is the Authorization, each byte a character, of someone who may ask."""
-        scheme, _, token = authorization.partition(" ")
-        given = token.strip().encode("latin-1", "replace")
-        return scheme.lower() == "bearer" and bool(given) and hmac.compare_digest(given, self.token.encode())
+    def check_sender(self, authorization: str, sender: str) -> None:
+        """Raise why who says so, each byte a character, may not send what is large; *sender* is an address."""
+        self.gate.check_sender(authorization, sender, time.time_ns() // 1_000_000)
 
     # What a request says
 
@@ -3303,19 +4171,20 @@ class Service:
         leave one after the other: many who wait for the same are not to crowd out who asks.
         """
         until = time.monotonic() + seconds
-        if seconds <= 0 or not self.waiters.acquire(blocking=False):
-            return seconds <= 0
-        channel = bottle.request.environ.get("kirosync.channel")
-        self.put_away()
-        try:
+        if seconds <= 0:
+            return True
+        channel, token = (bottle.request.environ.get(f"kirosync.{name}") for name in ("channel", "token"))
+        with self.gate.place(token) as free:
+            if not free:
+                return False
+            self.put_away()
             with channel.parked() if channel else contextlib.nullcontext():
                 if self.wait_until(ready, until, topics, pause, channel) and in_turn:
                     with self.door:
                         time.sleep(max(0.0, self.last_left + PACE_S - time.monotonic()))
                         self.last_left = time.monotonic()
-            return True
-        finally:
-            self.waiters.release()
+        self.gate.still(token, time.time_ns() // 1_000_000)
+        return True
 
     def wait_until(
         self, ready: Callable[[], Any], until: float, topics: Sequence[tuple[str, ...]], pause: float, channel: Any
@@ -3352,17 +4221,43 @@ class Service:
         return openapi()
 
     def get_health(self) -> Record:
-        """Whether the service is up: {status, timestamp, server: {running, port, host, uptime in s}}.
+        """Whether the service is well: {status, timestamp, server: {running, port, host, uptime in s}}.
 
-        The status is healthy, or while it reads its state directory unhealthy, with the "problem". Who brings a token
-        learns more: queue: {pending, processing, oldestPendingMs}, and agents: {name: {kind, present, lastSeen}}.
+        It is unhealthy, and the status code 503, while it reads its state directory, where that cannot be written or is
+        nearly full, and when a command has waited for a minute that no agent is there to take; "problem" says which.
+        Who brings a token learns more: queue: {pending, processing, oldestPendingMs}, and agents: {name: {kind,
+        present, lastSeen}}.
         """
-        now = self.opened.clock() if self.opened else time.time() * 1000
-        uptime = round(time.monotonic() - self.started, 3)
-        server = {"running": True, "port": self.port, "host": self.host, "uptime": uptime}
-        said: Record = {"status": "healthy"} if self.opened else {"status": "unhealthy", "problem": "starting"}
-        more = self.overview() if self.opened and self.is_authenticated() else {}
+        now, problem = self.opened.clock() if self.opened else time.time() * 1000, self.problem()
+        server = {"running": True, "port": self.port, "host": self.host, "uptime": self.uptime()}
+        said = {"status": "unhealthy", "problem": problem} if problem else {"status": "healthy"}
+        bottle.response.status = 503 if problem else 200
+        more = self.overview() if self.opened and bottle.request.environ["kirosync.token"] else {}
         return {**said, "timestamp": iso(now), "server": server, **more}
+
+    def uptime(self) -> float:
+        return round(time.monotonic() - self.started, 3)
+
+    def problem(self) -> str:
+        """Return why the service is not well, "" if it is."""
+        if not self.opened:
+            return "starting"
+        if self.store.trouble:
+            return self.store.trouble
+        free, files = self.store.room()
+        if free < LOW_BYTES or files < LOW_FILES:
+            return f"the disk is nearly full: {int(free) >> 20} MiB and room for {files:.0f} files are left"
+        if untaken := self.untaken():
+            return f"nobody takes commands: {untaken} wait for agents that are not there"
+        return ""
+
+    def untaken(self) -> int:
+        """Return how many commands have waited for UNTAKEN_S, while no agent is there to take them."""
+        now = self.store.clock()
+        waiting = [each for each in self.open.look().values() if each["status"] == "pending"]
+        old = [each for each in waiting if each["createdAt"] < now - UNTAKEN_S * 1000 and each["type"] not in ASKED]
+        here = {name: agent.said for name, agent in self.store.agents().items() if agent.present(now)} if old else {}
+        return sum(not any(would_take(name, said, each) for name, said in here.items()) for each in old)
 
     def overview(self) -> Record:
         """Return what waits, what is being executed, and who was seen when."""
@@ -3377,6 +4272,39 @@ class Service:
         }
         return {"queue": queue, "agents": seen}
 
+    def get_metrics(self) -> bytes:
+        """What can be counted and measured, in the text format of Prometheus."""
+        bottle.response.content_type = "text/plain; version=0.0.4; charset=utf-8"
+        said = self.overview()
+        queue, kinds = said["queue"], collections.Counter((a["kind"], a["present"]) for a in said["agents"].values())
+        free, files = self.store.room()
+        entries = {kind: [*self.store.all(kind).values()] for kind in KINDS}
+        figures: list[tuple[str, str, Iterable[tuple[Record, float]]]] = [
+            ("info", "gauge", [({"version": __version__}, 1)]),
+            ("healthy", "gauge", [({}, int(not self.problem()))]),
+            ("uptime_seconds", "gauge", [({}, self.uptime())]),
+            ("revision", "counter", [({}, self.store.revision)]),
+            ("records", "gauge", [({"kind": kind}, len(known)) for kind, known in entries.items()]),
+            ("bytes", "gauge", [({"kind": k}, sum(e.stamp[2] for e in known)) for k, known in entries.items()]),
+            ("commands_open", "gauge", [({"status": each}, queue[each]) for each in ("pending", "processing")]),
+            ("oldest_pending_seconds", "gauge", [({}, (queue["oldestPendingMs"] or 0) / 1000)]),
+            ("agents", "gauge", [({"kind": k, "present": p}, count) for (k, p), count in sorted(kinds.items())]),
+            ("disk_free_bytes", "gauge", [({}, free)]),
+            ("disk_free_files", "gauge", [({}, files)]),
+            ("requests_held", "gauge", [({}, self.gate.held.total())]),
+            ("audit_lines_total", "counter", [({}, self.audit.known.seq if self.audit else 0)]),
+            (
+                *("notifications_total", "counter"),
+                [({"result": each}, n) for each, n in (self.notifier.counts if self.notifier else {}).items()],
+            ),
+            ("requests_without_token_total", "counter", [({}, self.gate.refused)]),
+            (
+                *("requests_total", "counter"),
+                [({"method": m, "path": p, "status": s}, n) for (m, p, s), n in sorted(self.counts.copy().items())],
+            ),
+        ]
+        return "".join(itertools.starmap(exposed, figures)).encode()
+
     def get_sync(self) -> list[bytes]:
         """All conversations, documents and commands, with lastUpdate and a cursor.
 
@@ -3390,7 +4318,11 @@ class Service:
         query, kinds, statuses = bottle.request.query, self.listed("only", KINDS), self.listed("status", NEXT)
         agent = check_id(query.getunicode("agent", ""), "agent") if query.get("agent") else ""
         since, seconds = query.get("since"), self.seconds()
-        kinds = kinds or list(KINDS)
+        kinds = kinds or [kind for kind in KINDS if kind in GRANTS[self.asker.scope].reads]
+        for kind in kinds:
+            self.asker.may(f"read {kind}", "reads", kind)
+        if agent:
+            self.permit_agent(agent)
         if since and seconds:
 
             def ready() -> bool:
@@ -3417,8 +4349,9 @@ class Service:
         records are merged in both cases: no message is dropped because of a clock. With ?since=CURSOR the
         data is what changed after it, and what became of that which was sent.
         """
-        push = check_push(self.body())
-        status = self.store.change(lambda pen: take_push(pen, push))
+        push, asker = check_push(self.body()), self.asker
+        self.check_open(sum(each["status"] not in ENDED for each in push.get("commands", {}).values()))
+        status = self.store.change(lambda pen: take_push(pen, push, asker))
         delta = self.store.delta(bottle.request.query.get("since"))
         self.told.up_to(delta.since or delta.revision)
         for kind in KINDS:
@@ -3436,6 +4369,30 @@ class Service:
             self.store.saw(agent)
         return True
 
+    def permit(self, what: str, right: str, identity: str) -> Record:
+        """Return the command if who asks may do *what* (see GRANTS) with its type; raise Forbidden or NotFound."""
+        command = existing("commands", self.store.get("commands", identity)).record(identity)
+        self.asker.may(f"{what} {command['type']}", right, command["type"])
+        return command
+
+    def permit_agent(self, name: str, kind: str | None = None) -> None:
+        """Raise Forbidden unless who asks may speak for the agent *name*, as what it is, and as that *kind*."""
+        known = self.store.agent(name)
+        for each in {known.said["kind"] if known else None, kind} - {None} or {"agent"}:
+            self.asker.may(f"speak for an agent of the kind {each}", "announces", str(each))
+
+    def check_open(self, more: int) -> None:
+        """Raise TooMany if who asks would have more commands open than they may, with *more*."""
+        most, known = QUOTAS[self.asker.scope].open, self.open.look()
+        if not more or len(known) + more <= most:
+            return
+        mine = sum(each.get("queuedBy") == self.asker.name for each in known.values())
+        if mine + more > most:
+            sentence = (
+                f"the token {self.asker.name!r} has {mine} commands open; with {more} more it would be above {most}"
+            )
+            raise TooMany(sentence, OPEN_PAUSE_S)
+
     def key(self) -> str:
         """Return the Idempotency-Key, "" if there is none."""
         key = header("Idempotency-Key")
@@ -3449,8 +4406,10 @@ class Service:
         With a header Idempotency-Key it can be sent again without harm: for as long as the command is kept, the
         same key with the same body answers as that command stands, and with another body 422.
         """
-        order, seconds, key = self.body(), self.seconds(), self.key()
-        command, known = self.store.change(partial(queue, order=order, key=key))
+        order, seconds, key, asker = self.body(), self.seconds(), self.key(), self.asker
+        asker.may(f"queue {order.get('type')}", "queues", str(order.get("type")))
+        self.check_open(1)
+        command, known = self.store.change(partial(queue, order=order, key=key, queuedBy=asker.name))
         if known:
             bottle.response.set_header("Idempotent-Replayed", "true")
         identity, status = command["id"], command["status"]
@@ -3491,6 +4450,7 @@ class Service:
         ends it. A command that has ended stays as it is: the same report again is 200, another 409.
         """
         patch = self.body()
+        self.permit("take", "takes", identity)
         changed = self.store.change(lambda pen: report(pen, identity, patch))
         self.saw(patch.get("agent"))
         return without(changed, "id")
@@ -3501,6 +4461,7 @@ class Service:
         For one that is being executed the answer has "cancelRequested": its agent ends all that it has started, by
         INT, after 2 s TERM, after 5 s more KILL, and reports the outcome: cancelled, or ok if it was done before.
         """
+        self.permit("cancel", "queues", identity)
         return without(self.store.change(lambda pen: cancel_command(pen, identity)), "id")
 
     def get_output(self, identity: str) -> Any:
@@ -3559,7 +4520,7 @@ class Service:
         stream, offset, query = self.stream(("stdout", "stderr")), self.number("offset"), bottle.request.query
         if offset < 0:
             raise Malformed("offset", "is required")
-        command = existing("commands", self.store.get("commands", identity)).record(identity)
+        command = self.permit("take", "takes", identity)
         if command["status"] != "processing":
             raise Conflict(f"{identity} is {command['status']}: it prints nothing", status=command["status"])
         held: Record = {name: query.getunicode(name) for name in ("agent", "claim") if name in query}
@@ -3621,12 +4582,14 @@ class Service:
         "focusedAt" (ms), when its window was last in front. It replaces what was said before.
         """
         said = check_announcement(AGENT, self.body())
+        self.permit_agent(identity, said["kind"])
         self.store.change(lambda pen: pen.announce(identity, said))
         return {"agent": identity}
 
     def patch_agent(self, identity: str) -> Record:
         """Change some of what an agent said of itself; {} says that it is there. 404: it must announce itself anew."""
         patch = check_announcement(AGENT_PATCH, self.body())
+        self.permit_agent(identity, patch.get("kind"))
         if patch:
             self.store.change(lambda pen: pen.announce(identity, {**existing("agents", pen.agent(identity)), **patch}))
         elif not self.store.saw(identity):
@@ -3635,6 +4598,7 @@ class Service:
 
     def delete_agent(self, identity: str) -> Record:
         """Say that an agent has gone."""
+        self.permit_agent(identity)
         if not self.store.change(lambda pen: pen.store.forget(identity)):
             raise NotFound("Agent not found")
         return {"deleted": identity}
@@ -3650,7 +4614,8 @@ class Service:
         POST /command. Without one, the same asked again by who hung up before the answer is not executed again.
         """
         order, key = execution_of(self.kiro_body(), self.execute_s), self.key()
-        caller = Caller(digest(canonical(order)), bottle.request.environ.get("kirosync.channel"))
+        self.check_open(1)
+        caller = Caller(self.asker.name, digest(canonical(order)), bottle.request.environ.get("kirosync.channel"))
         at_once = "respond-async" in {each.partition(";")[0].strip().lower() for each in header("Prefer").split(",")}
         command = self.editors.start(order, key, caller, not at_once)
         try:
@@ -3742,6 +4707,8 @@ class Service:
                 log.warning("commands that are overdue must wait: %s", refusal)
                 self.listening = self.store.clock()  # nor could an agent report
                 due = {}
+            if self.store.trouble:
+                self.store.probe()
             self.store.closing.wait(SWEEP_S)
 
     def is_idle_question(self, command: Record) -> bool:
@@ -3752,12 +4719,36 @@ class Service:
     def tend(self) -> None:
         """Keep the journal short and the commands few, until the store is closed."""
         while not self.store.closed:
-            for work in (self.store.compact, self.retire, self.told.save, self.forget_agents):
+            for work in (self.compact, self.retire, self.told.save, self.save_use, self.forget_agents):
                 try:
                     work()
                 except (OSError, Refusal) as error:
                     log.warning("what is old must wait: %s", error)
             self.store.closing.wait(TEND_S)
+
+    def compact(self) -> None:
+        self.account()
+        self.store.compact(self.audit.place if self.audit else None)
+
+    def keep_account(self) -> None:
+        """Account for what changes, as it does, until the store is closed."""
+        while not self.store.closing.wait(AUDIT_S):
+            self.account()
+
+    def account(self) -> None:
+        """Enter what has changed in the audit log, and tell it to who is to be notified."""
+        with self.accounting:
+            try:
+                lines = self.audit.follow() if self.audit else []
+            except OSError as error:
+                return log.warning("the audit log must wait: %s", error)
+        if self.notifier:
+            self.notifier.consider(lines)
+
+    def save_use(self) -> None:
+        """Remember when each token was last used."""
+        before = {name: said for name, said in used_in(self.store.directory).items() if name not in self.keyring.used}
+        self.store.remember("used", msgspec.json.encode({**before, **self.keyring.used}))
 
     def forget_agents(self) -> None:
         """Forget the agents that have not been seen for long: a window that has crashed comes with another name."""
@@ -3800,6 +4791,28 @@ def header(name: str) -> str:
 def pieces_of(body: Any) -> list[bytes]:
     """Return a *body* in pieces, as which some come; others are bytes, or a record."""
     return body if isinstance(body, list) else [body if isinstance(body, bytes) else msgspec.json.encode(body)]
+
+
+def would_take(name: str, said: Record, command: Record) -> bool:
+    """Return whether the agent of that *name*, which *said* what it is, would take the *command*."""
+    return command["type"] in said["types"] and command.get("target", name) == name
+
+
+def exposed(name: str, kind: str, samples: Iterable[tuple[Record, float]]) -> str:
+    """Return a figure as Prometheus reads it: https://prometheus.io/docs/instrumenting/exposition_formats/.
+
+    >>> exposed("records", "gauge", [({"kind": "a"}, 2)])
+    '# TYPE kirosync_records gauge\\nkirosync_records{kind="a"} 2\\n'
+    """
+    lines = [f"# TYPE kirosync_{name} {kind}"]
+    for labels, value in samples:
+        said = ",".join(f'{label}="{escaped(str(text))}"' for label, text in labels.items())
+        lines.append(f"kirosync_{name}{f'{{{said}}}' if said else ''} {'+Inf' if value == math.inf else value}")
+    return "\n".join(lines) + "\n"
+
+
+def escaped(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
 def shown_question(question: Record) -> Record:
@@ -3914,7 +4927,7 @@ def operation(route: Route) -> Record:
             {"name": name, "in": place, "required": place == "path", "schema": {"type": "string"}}
             for name, place in places
         ],
-        "security": [] if route.public else [{"token": []}],
+        "security": [{"token": [*route.scopes]}] if route.scopes else [],
         "responses": {"200": {"description": "as described"}, "default": {"description": '{"error": what was wrong}'}},
         **({"requestBody": {"content": {"application/json": {}}}} if route.method in ("POST", "PUT", "PATCH") else {}),
     }
@@ -3966,7 +4979,8 @@ def docs_page() -> bytes:
         return ", ".join(f"{name}*" if get_origin(kind) is Required else name for name, kind in table.items())
 
     routes = "".join(
-        f"<h3><code>{route.method} {readable(route.path)}</code>{' <small>public</small>' if route.public else ''}</h3>"
+        f"<h3><code>{route.method} {readable(route.path)}</code>"
+        f" <small>{', '.join(route.scopes) or 'public'}</small></h3>"
         f"<p>{html.escape(inspect.getdoc(getattr(Service, route.handler)) or '')}</p>"
         for route in ROUTES
     )
@@ -4003,9 +5017,9 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
     command = path = ""  # waitress's own parser lacks them where it could not read the head
     taken = 0  # of the room for all bodies
 
-    def __init__(self, adjustments: Any, service: Service) -> None:
+    def __init__(self, adjustments: Any, service: Service, sender: str) -> None:
         super().__init__(adjustments)
-        self.service = service
+        self.service, self.sender = service, sender
 
     def received(self, piece: bytes) -> int:
         """Return how much of *piece* belongs to this request."""
@@ -4035,9 +5049,8 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
 
     def admit(self, in_head: bool) -> None:
         """Raise Refusal if the body may not come, or not go on: from a stranger, without room, or cut to pieces."""
-        large = self.chunked or self.content_length > SMALL_BYTES
-        if in_head and large and not self.service.knows(self.headers.get("AUTHORIZATION", "")):
-            raise Unauthorized
+        if in_head and (self.chunked or self.content_length > SMALL_BYTES):
+            self.service.check_sender(self.headers.get("AUTHORIZATION", ""), self.sender)
         wanted, body = max(self.content_length, self.body_bytes_received), self.body_rcv
         if wanted > max(self.taken, SMALL_BYTES):
             more = max(wanted - self.taken, BLOCK_BYTES if self.chunked else 0)
@@ -4061,7 +5074,7 @@ class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
         self.status = f"{refusal.status} {http.HTTPStatus(refusal.status).phrase}"
         body = b"" if self.request.command == "HEAD" else msgspec.json.encode(refusal.body())
         said = {"Content-Type": "application/json", "X-Request-Id": secrets.token_hex(8)}
-        self.response_headers += [*said.items(), *SAID_WITH.get(refusal.status, {}).items()]
+        self.response_headers += [*said.items(), *refusal.headers.items()]
         self.set_close_on_finish()
         self.channel.is_refused = True
         self.content_length = len(body)
@@ -4141,7 +5154,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         super().__init__(server, *connection, **more)
 
     def parser_class(self, adjustments: Any) -> Parser:
-        return Parser(adjustments, self.server.service)
+        return Parser(adjustments, self.server.service, str(self.addr[0]))
 
     def enter(self, stage: Stage) -> None:
         self.stage, self.patience = stage, stage.seconds
@@ -4369,19 +5382,8 @@ class Door(waitress.server.TcpWSGIServer):  # type: ignore[misc]
 PR_SET_DUMPABLE = 4  # prctl(2)
 M_ARENA_MAX = -8  # mallopt(3)
 SWITCH_S = 0.0005  # a thread that computes makes way for one that answers; 0.005 is Python's own
+TRUST = {"trusted_proxy_headers": {"x-forwarded-for"}, "clear_untrusted_proxy_headers": True}  # of a proxy of ours
 NOT_OPENED = "kirosync: the state directory {} cannot be opened: {}"
-
-
-def token_of(directory: Path) -> str:
-    """Return the token from KIROSYNC_TOKEN, else from the state directory, where it is made once."""
-    if token := os.environ.get("KIROSYNC_TOKEN"):
-        return token
-    path = directory / "token"
-    if not path.exists():
-        file = File(str(path), str(directory / ".token"))
-        set_aside({file: [secrets.token_urlsafe(32).encode() + b"\n"]})
-        put_in_place([file])
-    return path.read_text().strip() or sys.exit(f"kirosync: {path} is empty; remove it, and a new one is made")
 
 
 class Server(waitress.server.MultiSocketServer):  # type: ignore[misc]
@@ -4391,7 +5393,7 @@ class Server(waitress.server.MultiSocketServer):  # type: ignore[misc]
         self.task_dispatcher.shutdown()
 
 
-def listen(service: Service, threads: int) -> Server:
+def listen(service: Service, threads: int, proxy: str = "") -> Server:
     """Return the server, bound to all addresses of its host; end the program in one line if that cannot be."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     dispatcher, doors = waitress.task.ThreadedTaskDispatcher(), dict[int, Any]()
@@ -4409,6 +5411,7 @@ def listen(service: Service, threads: int) -> Server:
             max_request_body_size=BODY_BYTES + 1,  # it refuses what is as large as this
             log_socket_errors=False,  # clients hang up as they like
             ident="kirosync",
+            **(TRUST | {"trusted_proxy": proxy} if proxy else {}),
         )
         for *kind, (address, port, *rest) in adjustments.listen:
             where = (*kind, (address, port or service.port, *rest))  # a port that was found is that of all
@@ -4438,15 +5441,14 @@ def settle_in() -> None:
 
 def serve(arguments: argparse.Namespace) -> None:
     settle_in()
-    state = Path(arguments.state).absolute()
-    try:
-        token = token_of(state)
-    except OSError as error:
-        sys.exit(NOT_OPENED.format(state, error))
-    limits = {"threads": arguments.threads, "execute_s": arguments.execute_timeout}
-    service = Service(None, token, arguments.host, arguments.port, **limits)
-    server = listen(service, arguments.threads)
-    tempfile.tempdir = str(state)  # for what is set aside: /tmp may be memory
+    service = service_of(arguments)
+    server = listen(service, arguments.threads, arguments.trusted_proxy)
+    held = hold_service(service.keyring.directory, f"http://{service.host}:{service.port}")
+    if held is None:
+        serving = who_serves(service.keyring.directory)
+        sys.exit(f"kirosync: {arguments.state} is served already, by process {serving}; one service is all it can have")
+    tempfile.tempdir = str(service.keyring.directory)  # for what is set aside: /tmp may be memory
+    keep_access_log(log_folder(arguments))
     failed: list[Exception] = []
 
     def stop(*_: Any) -> None:
@@ -4457,19 +5459,53 @@ def serve(arguments: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     with contextlib.suppress(SystemExit):
-        threading.Thread(target=begin, args=(service, state, failed), daemon=True).start()
+        threading.Thread(target=begin, args=(service, arguments, failed), daemon=True).start()
         server.run()
     if failed:
-        sys.exit(NOT_OPENED.format(state, failed[0]))
+        sys.exit(NOT_OPENED.format(arguments.state, failed[0]))
     if service.opened:
         service.opened.close()
+        service.account()
+        with contextlib.suppress(OSError):  # the last minute of it may be missing
+            service.save_use()
 
 
-def begin(service: Service, state: Path, failed: list[Exception]) -> None:
+def service_of(arguments: argparse.Namespace) -> Service:
+    """Return the service, without its state, which is still to be read; end the program if nobody could ask it."""
+    state = Path(arguments.state).absolute()
+    keyring = Keyring(state, os.environ.get("KIROSYNC_TOKEN", ""))
+    try:
+        keyring.make()
+    except OSError as error:
+        sys.exit(NOT_OPENED.format(state, error))
+    if not keyring.known():
+        sys.exit(f"kirosync: {state / 'token'} is empty; remove it, and a new one is made")
+    limits = {"threads": arguments.threads, "execute_s": arguments.execute_timeout}
+    return Service(None, keyring, arguments.host, arguments.port, **limits)
+
+
+def log_folder(arguments: argparse.Namespace) -> Path:
+    return Path(arguments.log or f"{arguments.state}/log").absolute()
+
+
+def keep_access_log(folder: Path) -> None:
+    """Enter each request in the file access.log in *folder*, as a line of JSON."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    files = logging.handlers.RotatingFileHandler(folder / "access.log", "a", ACCESS_BYTES, ACCESS_FILES, delay=True)
+    files.setFormatter(logging.Formatter("%(message)s"))
+    access.addHandler(files)
+    access.setLevel(logging.INFO)
+    access.propagate = False
+    logging.raiseExceptions = False  # a log that cannot be written is no reason to tell each time
+
+
+def begin(service: Service, arguments: argparse.Namespace, failed: list[Exception]) -> None:
     """Open the state directory for *service*, which listens already, and do what is done beside its requests."""
     gc.disable()
+    state = Path(arguments.state).absolute()
     try:
         store = Store(state)
+        audit = Audit(store, log_folder(arguments))
     except Exception as error:  # whatever it was: a service that never has its state is none
         failed.append(error)
         log.debug("%s cannot be opened", state, exc_info=True)
@@ -4477,8 +5513,11 @@ def begin(service: Service, state: Path, failed: list[Exception]) -> None:
         return
     gc.freeze()  # what was read stays: to look at all of it again and again would hold up every request
     gc.enable()
-    service.begin(store)
-    for work in (store.follow, service.sweep, service.tend):
+    about = arguments.notify, arguments.notify_on, arguments.notify_after, os.environ.get("KIROSYNC_NOTIFY_TOKEN", "")
+    notifier = Notifier(store, *about) if arguments.notify else None
+    service.begin(store, audit, notifier)
+    works = [store.follow, service.sweep, service.tend, service.keep_account, *([notifier.work] if notifier else [])]
+    for work in works:
         threading.Thread(target=go_on, args=(work, store.closing), daemon=True).start()
     log.info("kirosync %s on http://%s:%s, state in %s", __version__, service.host, service.port, store.directory)
 
@@ -4493,6 +5532,114 @@ def go_on(work: Callable[[], None], closing: threading.Event) -> None:
             closing.wait(SETTLE_S)
 
 
+def add_token(arguments: argparse.Namespace) -> None:
+    """Make a token, and print it: this once, for only its sha256 is kept."""
+    secret, now = new_secret(), time.time_ns() // 1_000_000
+    token: Record = {"scope": arguments.scope, "sha256": digest(secret.encode()), "createdAt": now}
+    token |= {"expiresAt": now + round(arguments.expires * 1000)} if arguments.expires else {}
+
+    def add(pen: Pen) -> None:
+        known = pen.store.tokens()
+        if arguments.name in known or arguments.name == MASTER:
+            raise Conflict(f"there is a token {arguments.name!r} already; revoke it, or choose another name")
+        if len(known) >= TOKENS:
+            raise TooLarge(f"there are {TOKENS} tokens already, which is as many as can be")
+        pen.entitle(arguments.name, token)
+
+    with opened(arguments.state) as store:
+        store.change(add)
+    print(secret)
+    print(f"the token {arguments.name!r} has the scope {arguments.scope}; it is not shown again", file=sys.stderr)
+
+
+def revoke_token(arguments: argparse.Namespace) -> None:
+    def revoke(pen: Pen) -> None:
+        if arguments.name not in pen.store.tokens():
+            raise NotFound(f"there is no token {arguments.name!r}; those there are: {', '.join(pen.store.tokens())}")
+        pen.entitle(arguments.name, None)
+
+    with opened(arguments.state) as store:
+        store.change(revoke)
+
+
+def list_tokens(arguments: argparse.Namespace) -> None:
+    """Print the tokens: their names and scopes, and when they were made, expire, and were last used."""
+    state = Path(arguments.state)
+    used, tokens = used_in(state), tokens_in(state)
+    rows = {name: {**without(token, "sha256"), "lastUsed": used.get(name)} for name, token in tokens.items()}
+    if MASTER in used or (state / "token").exists():
+        rows[MASTER] = {"scope": "admin", "lastUsed": used.get(MASTER)}
+    if arguments.json:
+        return print(msgspec.json.format(msgspec.json.encode(rows), indent=2).decode())
+    for name, row in rows.items():
+        expires = f"expires {iso(row['expiresAt'])}" if "expiresAt" in row else "does not expire"
+        last = (
+            f"last used {iso(row['lastUsed']['at'])} from {row['lastUsed']['from']}"
+            if row["lastUsed"]
+            else "never used"
+        )
+        print(f"{name:20} {row['scope']:7} {expires}, {last}")
+
+
+def check_audit(arguments: argparse.Namespace) -> None:
+    """Say whether the audit log is whole; end with 1 if not, and name the first line that is not as it was."""
+    folder, told = log_folder(arguments), audited_in(Path(arguments.state))
+    count, problem = verify_audit(folder, told)
+    if problem:
+        sys.exit(f"kirosync: {folder}: {problem}")
+    print(f"{count} lines, each as it was written" + ("" if told else "; whether more were there cannot be told"))
+
+
+@contextlib.contextmanager
+def opened(state: str) -> Iterator[Store]:
+    """Give the store of *state*, for what is no record; who is refused is told so in one line."""
+    act_as_owner(Path(state))
+    try:
+        store = Store(Path(state), kinds=(), by=f"{getpass.getuser()}@console")
+        try:
+            yield store
+        finally:
+            store.close()
+    except (Refusal, OSError) as error:
+        sys.exit(f"kirosync: {error}")
+
+
+def act_as_owner(state: Path) -> None:
+    """Let root be who owns the state directory, so that what is written there can be read by the service."""
+    if os.geteuid() == 0 and state.exists() and (owner := os.stat(state)).st_uid:
+        os.setgroups([])
+        os.setresgid(owner.st_gid, owner.st_gid, owner.st_gid)
+        os.setresuid(owner.st_uid, owner.st_uid, owner.st_uid)
+
+
+def http_url(text: str) -> str:
+    if text and not re.fullmatch(r"(ntfy\+)?https?://[^/\s]+(/\S*)?", text):
+        raise argparse.ArgumentTypeError("it is neither http(s)://... nor ntfy+https://HOST/TOPIC")
+    if text.startswith("ntfy+") and not urllib.parse.urlsplit(text).path.strip("/"):
+        raise argparse.ArgumentTypeError("ntfy+https://HOST/TOPIC wants a topic")
+    return text
+
+
+def event_names(text: str) -> frozenset[str]:
+    names = frozenset(filter(None, text.split(",")))
+    if unknown := names - {"asked", "failed", "long"}:
+        raise argparse.ArgumentTypeError(f"{min(unknown)!r} is not one of asked, failed, long")
+    return names
+
+
+def token_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not 1 to 64 of A-Z a-z 0-9 . _ -")
+    return text
+
+
+def duration(text: str) -> float:
+    try:
+        return seconds_in(text)
+    except Malformed as problem:
+        raise argparse.ArgumentTypeError(str(problem)) from None
+
+
 def port_number(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text} is not one of 0 to 65535")
@@ -4505,28 +5652,80 @@ def positive_seconds(text: str) -> float:
     return float(text)
 
 
-def main() -> None:
+class Option(NamedTuple):
+    """An argument of a command, as argparse takes it. A setting has a *default*, and an environment variable for it."""
+
+    name: str
+    help: str
+    default: str | None = None
+    more: Record = {}  # noqa: RUF012
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        variable = "KIROSYNC" + self.name[1:].replace("-", "_").upper()
+        said = {"default": os.environ.get(variable, self.default), "help": f"{self.help} ({variable})"}
+        parser.add_argument(self.name, **(said if self.default is not None else {"help": self.help}), **self.more)
+
+
+class Subcommand(NamedTuple):
+    """What kirosync.py can be told to do: the words, what is run, what that is, and what it takes beside --state."""
+
+    words: str
+    run: Callable[[argparse.Namespace], None]
+    what: str
+    options: tuple[Option, ...] = ()
+
+
+STATE = Option("--state", "directory", str(Path(__file__).absolute().with_name("state")))
+LOG = Option("--log", "directory of the logs; STATE/log", "")
+JSON = Option("--json", "as JSON", more={"action": "store_true"})
+SUBCOMMANDS = (
+    Subcommand(
+        *("serve", serve, "run the service"),
+        (
+            Option("--host", "address", "127.0.0.1"),
+            Option("--port", "port", "3001", {"type": port_number}),
+            Option("--execute-timeout", "for what an IDE executes", f"{EXECUTE_S:.0f}", {"type": positive_seconds}),
+            LOG,
+            Option("--trusted-proxy", "address of the proxy before it, which tells who asks; none", ""),
+            Option("--notify", "URL to be told of what happens, or ntfy+URL of a topic; none", "", {"type": http_url}),
+            Option("--notify-on", "what it is told of", "asked,failed,long", {"type": event_names}),
+            Option(
+                "--notify-after", "s of running, which is long", f"{NOTIFY_AFTER_S:.0f}", {"type": positive_seconds}
+            ),
+            Option("--threads", "requests at once; a held one counts", f"{THREADS}", {"type": int}),
+        ),
+    ),
+    Subcommand(
+        *("token add", add_token, "make a token, and print it this once"),
+        (
+            Option("name", "whose it is", more={"type": token_name}),
+            Option("--scope", "what it may", more={"choices": get_args(Scope), "required": True}),
+            Option("--expires", "after which it is not valid: 90d, 12h", more={"type": duration, "metavar": "TIME"}),
+        ),
+    ),
+    Subcommand("token list", list_tokens, "show the tokens, and when each was last used", (JSON,)),
+    Subcommand("audit verify", check_audit, "look whether the audit log is as it was written", (LOG,)),
+    Subcommand("token revoke", revoke_token, "turn away who has a token, at once", (Option("name", "whose it was"),)),
+)
+
+
+def parser_of(subcommands: Iterable[Subcommand]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kirosync.py", description="One queue and one shared memory.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    shown = argparse.ArgumentDefaultsHelpFormatter
-    command = commands.add_parser("serve", help="run the service", formatter_class=shown)
-    beside = Path(__file__).absolute().with_name("state")
-    environ = os.environ.get
-    command.add_argument("--host", default=environ("KIROSYNC_HOST", "127.0.0.1"), help="address (KIROSYNC_HOST)")
-    command.add_argument(
-        "--port", type=port_number, default=environ("KIROSYNC_PORT", "3001"), help="port (KIROSYNC_PORT)"
-    )
-    command.add_argument("--state", default=environ("KIROSYNC_STATE", str(beside)), help="directory (KIROSYNC_STATE)")
-    command.add_argument(
-        "--execute-timeout",
-        type=positive_seconds,
-        default=environ("KIROSYNC_EXECUTE_TIMEOUT", f"{EXECUTE_S:.0f}"),
-        metavar="S",
-        help="for what an IDE executes (KIROSYNC_EXECUTE_TIMEOUT)",
-    )
-    command.add_argument("--threads", type=int, default=THREADS, help="requests at once; a held one counts")
-    command.set_defaults(run=serve)
-    arguments = parser.parse_args()
+    groups = {"": parser.add_subparsers(required=True, metavar="COMMAND")}
+    for subcommand in subcommands:
+        group, _, word = subcommand.words.rpartition(" ")
+        if group not in groups:
+            groups[group] = groups[""].add_parser(group).add_subparsers(required=True, metavar="COMMAND")
+        shown = argparse.ArgumentDefaultsHelpFormatter
+        added = groups[group].add_parser(word, help=subcommand.what, description=subcommand.what, formatter_class=shown)
+        for option in (STATE, *subcommand.options):
+            option.add_to(added)
+        added.set_defaults(run=subcommand.run)
+    return parser
+
+
+def main() -> None:
+    arguments = parser_of(SUBCOMMANDS).parse_args()
     arguments.run(arguments)
 
 

@@ -17,6 +17,7 @@ collect_ignore = ["seed"]  # clients to be run, not modules to be imported
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "test-token"
+ADMIN = kirosync.Token("admin", "admin")  # who may do everything
 
 
 class Clock:
@@ -53,7 +54,7 @@ class Process:
 class Server(Process):
     """The service on a port of its own."""
 
-    def __init__(self, state, log, *arguments):
+    def __init__(self, state, log, *arguments, environment=None):
         super().__init__(
             "kirosync.py",
             "serve",
@@ -62,7 +63,7 @@ class Server(Process):
             "--state",
             state,
             *arguments,
-            environment={"KIROSYNC_TOKEN": TOKEN},
+            environment={"KIROSYNC_TOKEN": TOKEN, **(environment or {})},
             log=log,
         )
         self.session = requests.Session()
@@ -119,7 +120,7 @@ def store(state, clock):
 @pytest.fixture
 def client(store):
     """The service in this process, asked as the rightful user."""
-    app = webtest.TestApp(kirosync.Service(store, TOKEN).app)
+    app = webtest.TestApp(kirosync.Service(store, kirosync.Keyring(store.directory, TOKEN)).app)
     app.authorization = ("Bearer", TOKEN)
     return app
 

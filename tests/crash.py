@@ -16,10 +16,14 @@ from pathlib import Path
 
 import kirosync
 
+ADMIN = kirosync.Token("admin", "admin")
+
 HI = {"role": "user", "content": "hi", "timestamp": 1}
 OLD = {"type": "execute_bash", "command": "true", "status": "failed", "createdAt": 1, "updatedAt": 1}
 CHANGES = {
-    "put": lambda pen: kirosync.take_push(pen, {"conversations": {"c": [{**HI, "content": "more", "timestamp": 2}]}}),
+    "put": lambda pen: kirosync.take_push(
+        pen, {"conversations": {"c": [{**HI, "content": "more", "timestamp": 2}]}}, ADMIN
+    ),
     "batch": lambda pen: kirosync.take_push(
         pen,
         {
@@ -27,6 +31,7 @@ CHANGES = {
             "documents": {"d": {"content": "newer", "timestamp": 5}, "e": {"content": "e", "timestamp": 5}},
             "lastUpdate": 9,
         },
+        ADMIN,
     ),
     "delete": lambda pen: pen.delete("documents", "d", pen.now),
     "archive": lambda pen: pen.delete("commands", "old", pen.now, op="archive"),
@@ -48,6 +53,7 @@ def prepare(directory):
                 "documents": {"d": {"content": "old", "timestamp": 1}},
                 "commands": {"old": OLD},
             },
+            ADMIN,
         )
     )
     store.close()

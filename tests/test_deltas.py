@@ -5,6 +5,7 @@ import random
 import shutil
 
 import pytest
+from conftest import ADMIN
 
 import kirosync
 
@@ -65,7 +66,7 @@ class World:
         identity, content = self.random.choice(IDS), self.random.choice("abc")
         document = {"content": content, "timestamp": self.random.choice([1, 2, self.now, self.now + 10**9])}
         push = {"conversations": {identity: self.messages()}, "documents": {self.random.choice(IDS): document}}
-        store.change(lambda pen: kirosync.take_push(pen, push))
+        store.change(lambda pen: kirosync.take_push(pen, push, ADMIN))
 
     def delete(self, store):
         kind, identity = self.random.choice(kirosync.KINDS[:2]), self.random.choice(IDS)

@@ -833,7 +833,7 @@ def test_the_same_key_gets_the_same_answer_as_before(impatient):
 
 
 def test_who_was_not_seen_for_a_day_is_forgotten(store, clock):
-    service = kirosync.Service(store, TOKEN)
+    service = kirosync.Service(store, kirosync.Keyring(store.directory, TOKEN))
     store.change(lambda pen: pen.announce("a", {"kind": "ide", "types": []}))
     clock.now += 23 * 3600_000
     service.forget_agents()

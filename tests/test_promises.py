@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import TOKEN, Process, Server, until
+from conftest import ADMIN, TOKEN, Process, Server, until
 
 import kirosync
 
@@ -117,7 +117,7 @@ def append(directory, writer, count):
         for number in range(count):
             message = {"role": "user", "content": f"{writer}-{thread}-{number}", "timestamp": number}
             push = {"conversations": {"c": [message]}}
-            store.change(lambda pen, push=push: kirosync.take_push(pen, push))
+            store.change(lambda pen, push=push: kirosync.take_push(pen, push, ADMIN))
 
             def increment(pen):
                 known = pen.get("documents", "counter") or {"content": "0", "timestamp": 1}
@@ -206,9 +206,9 @@ def test_merging_twice_changes_nothing(store, clock):
         "commands": {"k": {"type": "execute_bash", "command": "true", "status": "pending", "createdAt": clock.now}},
         "lastUpdate": 5,
     }
-    store.change(lambda pen: kirosync.take_push(pen, push))
+    store.change(lambda pen: kirosync.take_push(pen, push, ADMIN))
     cursor = store.cursor
-    assert store.change(lambda pen: kirosync.take_push(pen, push)) == "current"
+    assert store.change(lambda pen: kirosync.take_push(pen, push, ADMIN)) == "current"
     assert store.cursor == cursor
 
 
@@ -234,7 +234,7 @@ def test_pushes_of_three_clients_give_the_same_state_in_every_order(tmp_path, cl
     for number, order in enumerate([(0, 1, 2), (2, 1, 0), (1, 0, 2), (0, 0, 2, 1, 2)]):
         store = kirosync.Store(tmp_path / str(number), clock=clock)
         for client in order:
-            store.change(lambda pen, push=pushes[client]: kirosync.take_push(pen, push))
+            store.change(lambda pen, push=pushes[client]: kirosync.take_push(pen, push, ADMIN))
         messages = json.loads(store.entries["conversations"]["c"].newer())
         states.append((sorted(map(kirosync.canonical, messages)), documents(store)))
         store.close()

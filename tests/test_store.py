@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-from conftest import until
+from conftest import ADMIN, until
 
 import kirosync
 
@@ -26,7 +26,7 @@ def put(store, kind, identity, **record):
 
 
 def push(store, **records):
-    return store.change(lambda pen: kirosync.take_push(pen, records))
+    return store.change(lambda pen: kirosync.take_push(pen, records, ADMIN))
 
 
 def shown(store, cursor=None, kind="conversations"):
@@ -858,7 +858,7 @@ def test_who_waits_no_longer_does_not_keep_the_others_waiting(store, monkeypatch
     first.start()
     assert entered.wait(20)
     asked = kirosync.Asked
-    monkeypatch.setattr(kirosync, "Asked", lambda rule, answer, bell: asked(rule, answer, Impatient(bell)))
+    monkeypatch.setattr(kirosync, "Asked", lambda rule, answer, bell, by: asked(rule, answer, Impatient(bell), by))
     second.start()
     until(lambda: len(store._queue) == 1)
     monkeypatch.setattr(kirosync, "Asked", asked)
