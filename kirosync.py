@@ -313,6 +313,7 @@ HEAD_S = 10.0  # from the first byte of a request to the end of its head; and fr
 IDLE_S = 120.0  # from an answer to the next request; proxies keep theirs for some 60
 STALL_S = 15.0  # that a body, or the reading of an answer, may be behind its rate: a phone changes its cell
 RATE = 4096  # bytes/s, the least: what a phone has in the country
+SENT_BYTES = 64 << 10  # read at once of what was set aside: what the client does not take is read again
 PARTING_S = 10.0  # a refused client, which may be sending still, has to read why
 HEAD_BYTES = 32 << 10  # of the first line and the headers
 HEADERS = 100  # lines of them: many short ones cost waitress much more than few long ones
@@ -5152,6 +5153,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         self.asked = time.monotonic()  # when it last had a complete request
         self.enter(BEGINNING)
         super().__init__(server, *connection, **more)
+        self.sendbuf_len = min(self.sendbuf_len, SENT_BYTES)
 
     def parser_class(self, adjustments: Any) -> Parser:
         return Parser(adjustments, self.server.service, str(self.addr[0]))
