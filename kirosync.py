@@ -60,12 +60,14 @@ import contextvars
 import ctypes
 import datetime
 import errno
+import functools
 import gc
 import getpass
 import gzip
 import hashlib
 import hmac
 import html
+import http
 import http.client
 import importlib.metadata
 import inspect
@@ -84,10 +86,12 @@ import secrets
 import select
 import shutil
 import signal
+import socket
 import stat
 import struct
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import tomllib
@@ -104,7 +108,9 @@ from typing import IO, Annotated, Any, Literal, NamedTuple, Required, TypedDict,
 import bottle
 import filelock
 import msgspec
+import waitress.adjustments
 import waitress.channel
+import waitress.parser
 import waitress.server
 import waitress.task
 
@@ -165,6 +171,10 @@ class NotAllowed(Refusal):
     status = 405
 
 
+class TooSlow(Refusal):
+    status = 408
+
+
 class Conflict(Refusal):
     status = 409
 
@@ -217,6 +227,10 @@ class NotJson(Refusal):
 
 class Unprocessable(Refusal):
     status = 422
+
+
+class HeadTooLarge(Refusal):
+    status = 431
 
 
 class TooMany(Refusal):
@@ -310,6 +324,22 @@ EPOCHS = 256  # starts of a service that cursors are remembered for
 GZIP_BYTES = 1024  # smaller answers gain nothing
 SPOOLED_BYTES = 1 << 40  # of an answer are set aside on disk for a slow reader, rather than that a thread waits for it
 CONNECTIONS = 1000  # open at once: each takes a descriptor, few of them a thread
+DESCRIPTORS = 2  # of a connection: its own, and that of a file in which a body or an answer is set aside
+OWN_FILES = OPEN_FILES + 50  # that connections leave to the store and to the rest
+ACCEPTED = 64  # connections in one turn of the server's loop, which costs a look at each that is open
+TICK_S = 1.0  # between looks whether clients keep their times
+HEAD_S = 10.0  # from the first byte of a request to the end of its head; and from connecting to that
+IDLE_S = 120.0  # from an answer to the next request; proxies keep theirs for some 60
+STALL_S = 15.0  # that a body, or the reading of an answer, may be behind its rate: a phone changes its cell
+RATE = 4096  # bytes/s, the least: what a phone has in the country
+SENT_BYTES = 64 << 10  # read at once of what was set aside: what the client does not take is read again
+PARTING_S = 10.0  # a refused client, which may be sending still, has to read why
+HEAD_BYTES = 32 << 10  # of the first line and the headers
+HEADERS = 100  # lines of them: many short ones cost waitress much more than few long ones
+CHUNK_LINE_BYTES = 8 << 10  # before a chunk, and after the last: waitress puts it together anew with each piece
+SMALL_BYTES = 64 << 10  # of a body or an answer that is kept in memory, and of a body from who has no token
+SPOOL_BYTES = 512 << 20  # of all larger bodies and answers on their way, which lie on the disk of the state
+WORK_BYTES = 48 << 20  # of bodies that are being worked on: JSON takes up to 27 times as much when it is read
 TOKENS = 256  # that may be known: each given one is compared with all
 UNGUESSABLE = 32  # characters of a token that nobody finds by trying
 TRIES_A_S, TRIES = 1 / 6, 10  # without a valid token, from one address: so many at once, and then one in so long
@@ -4438,6 +4468,25 @@ class Open:
             return known
 
 
+class Room:
+    """So many bytes, of which who needs some takes them, and gives them back."""
+
+    def __init__(self, size: int) -> None:
+        self.left, self.change = size, threading.Condition()
+
+    def take(self, size: int, wait: float = 0) -> bool:
+        """Return whether there were *size* bytes left, now or within *wait* (s), which then are the caller's."""
+        with self.change:
+            there = self.change.wait_for(lambda: self.left >= size, wait)
+            self.left -= size if there else 0
+            return there
+
+    def give(self, size: int) -> None:
+        with self.change:
+            self.left += size
+            self.change.notify_all()
+
+
 class Caller(NamedTuple):
     """Who waits for an execution, by the name of the token, and for what order, by its sha256."""
 
@@ -4633,9 +4682,7 @@ class Gate:
 
     def admit(self, authorization: str, sender: str, scopes: Sequence[str], now: int) -> Token | None:
         """Return who asks for something that *scopes* may, None for what is public; raise why not."""
-        scheme, _, text = authorization.partition(" ")
-        secret = text.strip().encode("latin-1", "replace") if scheme.lower() == "bearer" else b""
-        home = household(sender)
+        secret, home = secret_in(authorization), household(sender)
         token = self.recognize(secret, home) if secret else None
         if token is None:
             self.turn_away(home, secret, scopes)
@@ -4648,6 +4695,15 @@ class Gate:
         if scopes and token.scope not in scopes:
             raise Forbidden(token.scope, "ask this", scopes)
         return token
+
+    def check_sender(self, authorization: str, sender: str, now: int) -> None:
+        """Raise why who asks may not send what is large; who may is let in later, when all of it is there."""
+        secret, home = secret_in(authorization), household(sender)
+        token = self.recognize(secret, home) if secret else None
+        if token is None:
+            self.turn_away(home, secret, get_args(Scope))
+        elif token.expires <= now:
+            raise Unauthorized
 
     def recognize(self, secret: bytes, home: str) -> Token | None:
         """Return the token that *secret* is, None if it is none, or may only be guessed."""
@@ -4700,6 +4756,12 @@ class Gate:
         """Raise Unauthorized if *token*, which was let in, has meanwhile been revoked, or has expired."""
         if token and (token not in self.keyring.known() or token.expires <= now):
             raise Unauthorized
+
+
+def secret_in(authorization: str) -> bytes:
+    """Return the secret that an Authorization names, b"" if it names none."""
+    scheme, _, text = authorization.partition(" ")
+    return text.strip().encode("latin-1", "replace") if scheme.lower() == "bearer" else b""
 
 
 def household(sender: str) -> str:
@@ -4815,6 +4877,8 @@ class Service:
         self.counts = collections.Counter[tuple[str, str, int]]()  # of requests: method, path of the route, status
         self.counting = threading.Lock()
         self.door, self.last_left = threading.Lock(), 0.0
+        self.spool, self.work = Room(SPOOL_BYTES), Room(WORK_BYTES)
+        self.doors: list[Door] = []
         self.app: Any = bottle.Bottle()
         self.app.config["json.enable"] = False  # JSON is made here
         self.app.config["catchall"] = False  # answer() catches; beyond it a failure is waitress's to report
@@ -4870,7 +4934,7 @@ class Service:
         try:
             self.let_in(scopes)
             check_path(request.environ.get("bottle.raw_path", ""))
-            body = handler()
+            body = self.reserved(handler())
         except Refusal as refusal:
             response.status = refusal.status
             for name, value in refusal.headers.items():
@@ -4880,13 +4944,25 @@ class Service:
             log.exception("request %s: %s %s failed", identity, request.method, request.path)
             response.status = 500
             body = {"error": "Internal Server Error", "message": "see the log for this request", "requestId": identity}
+        finally:
+            self.put_away()
         if hasattr(body, "read"):  # a file: Bottle hands it on
             self.note(path, int(response.headers["Content-Length"]), began)
             return body
-        pieces = body if isinstance(body, list) else [body if isinstance(body, bytes) else msgspec.json.encode(body)]
+        pieces = pieces_of(body)
         ends = [*itertools.accumulate(map(len, pieces))] or [0]
         self.note(path, ends[-1], began)
         return self.send(pieces, ends)
+
+    def reserved(self, body: Any) -> Any:
+        """Return *body* with room for what is to be set aside of it until the client has read it; raise Busy."""
+        channel = bottle.request.environ.get("kirosync.channel")
+        if hasattr(body, "read") or not channel or bottle.request.method == "HEAD":
+            return body
+        pieces = pieces_of(body)
+        if (size := sum(map(len, pieces))) > SMALL_BYTES:
+            channel.reserve(min(size, SPOOL_BYTES))
+        return pieces
 
     def let_in(self, scopes: Sequence[str]) -> None:
         """Note who asks; raise why they may not ask what *scopes* may."""
@@ -4934,6 +5010,10 @@ class Service:
         parts = blocks(pieces, ends)
         return gzipped(parts) if compress else parts
 
+    def check_sender(self, authorization: str, sender: str) -> None:
+        """Raise why who says so, each byte a character, may not send what is large; *sender* is an address."""
+        self.gate.check_sender(authorization, sender, time.time_ns() // 1_000_000)
+
     # What a request says
 
     def body(self) -> Record:
@@ -4944,17 +5024,28 @@ class Service:
         raw = self.raw()
         if not raw.strip():
             raise Malformed("", "the body is empty; a JSON object belongs there")
+        gc.disable()  # it would look again and again at what is made: 8 s instead of one, in which nobody is answered
         try:
             return check(dict[str, Any], parse(raw), "")  # type: ignore[no-any-return]
         except Malformed as problem:
             raise Malformed("", f"the body is no JSON object: {problem}") from None
+        finally:
+            gc.enable()
 
     def raw(self) -> bytes:
-        """Return the bytes that were sent; raise TooLarge."""
-        length = max(0, bottle.request.content_length)
+        """Return the bytes that were sent, with room to work on them until put_away(); raise TooLarge or Busy."""
+        length, environ = max(0, bottle.request.content_length), bottle.request.environ
         if length > BODY_BYTES:
             raise TooLarge(f"the body has {length} bytes, {BODY_BYTES} are possible", limit=BODY_BYTES)
-        return bottle.request.environ["wsgi.input"].read(length)  # type: ignore[no-any-return]
+        if not self.work.take(length, LOCK_S):
+            raise Busy("too many large bodies were sent at the same time; send it again")
+        environ["kirosync.work"] = length
+        return environ["wsgi.input"].read(length)  # type: ignore[no-any-return]
+
+    def put_away(self) -> None:
+        """Give back the room that the work on a body took."""
+        if length := bottle.request.environ.pop("kirosync.work", 0):
+            self.work.give(length)
 
     def number(self, name: str, default: int = -1) -> int:
         """Return the whole number that the query parameter *name* is, or *default* if it is not there."""
@@ -5000,6 +5091,7 @@ class Service:
         with self.gate.place(bottle.request.environ.get("kirosync.token")) as free:
             if not free:
                 return False
+            self.put_away()
             with channel.parked() if channel else contextlib.nullcontext():
                 if self.wait_until(ready, until, topics, pause, channel) and in_turn:
                     with self.door:
@@ -5031,22 +5123,16 @@ class Service:
             return {"service": "kirosync", "version": __version__, "docs": "/docs", "health": "/health"}
         bottle.response.content_type = "text/html; charset=utf-8"
         page = Path(__file__).with_name("console.html")
-        return page.read_bytes() if page.exists() else docs_page()
+        return page.read_bytes() if page.exists() else self.get_docs()
 
     def get_docs(self) -> bytes:
         """This documentation."""
         bottle.response.content_type = "text/html; charset=utf-8"
-        return docs_page()
+        return docs_page().replace(HOST.encode(), html.escape(header("Host")).encode())
 
-    def get_openapi(self) -> Record:
+    def get_openapi(self) -> bytes:
         """The routes, for programs: an OpenAPI 3.1 document."""
-        paths: Record = {}
-        for route in ROUTES:
-            path = re.sub(r"<(\w+).*?>", r"{\1}", route.path)
-            paths.setdefault(path, {})[route.method.lower()] = operation(route)
-        scheme = {"token": {"type": "http", "scheme": "bearer"}}
-        about = {"title": "kirosync", "version": __version__}
-        return {"openapi": "3.1.0", "info": about, "components": {"securitySchemes": scheme}, "paths": paths}
+        return openapi()
 
     def get_health(self) -> Record:
         """Whether the service is well: {status, timestamp, server: {running, port, host, uptime in s}}.
@@ -5237,14 +5323,15 @@ class Service:
         order, seconds, key, asker = self.body(), self.seconds(), self.key(), self.asker
         asker.may(f"queue {order.get('type')}", "queues", str(order.get("type")))
         self.check_open(1)
-        command, known = self.store.change(lambda pen: queue(pen, order, key, queuedBy=asker.name))
+        command, known = self.store.change(partial(queue, order=order, key=key, queuedBy=asker.name))
         if known:
             bottle.response.set_header("Idempotent-Replayed", "true")
-        identity = command["id"]
+        identity, status = command["id"], command["status"]
+        del order, command  # which may be large, while it is waited for
         if seconds:
             self.hold_until_ended(identity, seconds)
         entry = self.store.get("commands", identity) if seconds else None
-        shown = self.tell(identity, entry).record(identity) if entry else {"status": command["status"]}
+        shown = self.tell(identity, entry).record(identity) if entry else {"status": status}
         return {"commandId": identity, **without(shown, "id")}
 
     def get_commands(self) -> Record:
@@ -5615,6 +5702,11 @@ def header(name: str) -> str:
     return str(bottle.request.environ.get(key if key == "CONTENT_TYPE" else f"HTTP_{key}", ""))
 
 
+def pieces_of(body: Any) -> list[bytes]:
+    """Return a *body* in pieces, as which some come; others are bytes, or a record."""
+    return body if isinstance(body, list) else [body if isinstance(body, bytes) else msgspec.json.encode(body)]
+
+
 def would_take(name: str, said: Record, command: Record) -> bool:
     """Return whether the agent of that *name*, which *said* what it is, would take the *command*."""
     return command["type"] in said["types"] and command.get("target", name) == name
@@ -5755,6 +5847,7 @@ def operation(route: Route) -> Record:
     }
 
 
+HOST = "\0"
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kirosync {version}</title>
 <meta name="viewport" content="width=device-width">
 <style>body{{max-width:56em;margin:2em auto;padding:0 1em;font:16px/1.5 system-ui}}p{{white-space:pre-line}}
@@ -5779,8 +5872,22 @@ commands: {{id: command}}, a command: {command}
 """
 
 
+@functools.cache
+def openapi() -> bytes:
+    """Return the routes as an OpenAPI document: made once, like the page, since everyone may ask for it."""
+    paths: Record = {}
+    for route in ROUTES:
+        path = re.sub(r"<(\w+).*?>", r"{\1}", route.path)
+        paths.setdefault(path, {})[route.method.lower()] = operation(route)
+    scheme = {"token": {"type": "http", "scheme": "bearer"}}
+    about = {"title": "kirosync", "version": __version__}
+    document = {"openapi": "3.1.0", "info": about, "components": {"securitySchemes": scheme}, "paths": paths}
+    return msgspec.json.encode(document)
+
+
+@functools.cache
 def docs_page() -> bytes:
-    """Return the documentation, made from the routes and the tables above."""
+    """Return the documentation, made from the routes and the tables above; where HOST stands, the address belongs."""
 
     def fields(table: dict[str, Any]) -> str:
         return ", ".join(f"{name}*" if get_origin(kind) is Required else name for name, kind in table.items())
@@ -5796,7 +5903,7 @@ def docs_page() -> bytes:
         for kind, (required, optional, result) in ORDERS.items()
     )
     page = PAGE.format(
-        **{"version": __version__, "body": BODY_BYTES >> 20, "wait": WAIT_S, "host": html.escape(header("Host"))},
+        **{"version": __version__, "body": BODY_BYTES >> 20, "wait": WAIT_S, "host": HOST},
         **{"routes": routes, "types": types, "order": fields(ORDER), "run": RUN_S, "expires": EXPIRES_S},
         **{"outcomes": ", ".join(get_args(Outcome)), "id": ID_CHARACTERS},
         **{"message": fields(MESSAGE.__annotations__), "document": fields(DOCUMENT.__annotations__)},
@@ -5806,19 +5913,97 @@ def docs_page() -> bytes:
     return page.encode()
 
 
+# The server is waitress, with bounds. In memory is of each connection what of its one request is not worked on yet, up
+# to HEAD_BYTES, SMALL_BYTES of a body and a piece of 8 KiB, and what of an answer was not read yet, up to SMALL_BYTES:
+# some 170 MiB if CONNECTIONS do their worst. More lies in files without a name beside the state, up to SPOOL_BYTES.
+
+
+NO_REQUEST = "this is no request of HTTP/1.1"
+CONTROLS = re.compile(rb"[^\t\r\n -~\x80-\xff]")
+START = re.compile(rb"[^ \r\n]+ [^ \r\n]+(?: HTTP/[0-9]\.[0-9])?[ \t]*\r\n")
+
+
+class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
+    """Reads a request; refuses it as soon as it is known to be none that is taken: mostly before its body comes."""
+
+    error: Any = None
+    completed = expect_continue = False
+    command = path = ""  # waitress's own parser lacks them where it could not read the head
+    taken = 0  # of the room for all bodies
+
+    def __init__(self, adjustments: Any, service: Service, sender: str) -> None:
+        super().__init__(adjustments)
+        self.service, self.sender = service, sender
+
+    def received(self, piece: bytes) -> int:
+        """Return how much of *piece* belongs to this request."""
+        in_head, consumed = self.body_rcv is None, len(piece)
+        try:
+            consumed = super().received(piece)
+            if self.body_rcv is not None and not self.error:
+                self.admit(in_head)
+        except Refusal as refusal:
+            self.error = refusal
+        except OSError as error:  # of the file in which a body is set aside
+            self.error = refusal_of(error)
+        self.completed = self.completed or bool(self.error)
+        self.expect_continue = self.expect_continue and not self.completed
+        return consumed
+
+    def parse_header(self, head: bytes) -> None:
+        """Read the *head* of a request; refuse first what waitress would take minutes for, or fail at."""
+        if head.count(b"\r\n") > HEADERS:
+            raise HeadTooLarge(f"the head of a request has up to {HEADERS} lines", limit=HEADERS)
+        if CONTROLS.search(head) or not START.match(head):
+            raise Malformed("", NO_REQUEST)
+        try:
+            super().parse_header(head)
+        except ValueError:  # a length of a thousand digits, an address that is none
+            raise Malformed("", NO_REQUEST) from None
+
+    def admit(self, in_head: bool) -> None:
+        """Raise Refusal if the body may not come, or not go on: from a stranger, without room, or cut to pieces."""
+        if in_head and (self.chunked or self.content_length > SMALL_BYTES):
+            self.service.check_sender(self.headers.get("AUTHORIZATION", ""), self.sender)
+        wanted, body = max(self.content_length, self.body_bytes_received), self.body_rcv
+        if wanted > max(self.taken, SMALL_BYTES):
+            more = max(wanted - self.taken, BLOCK_BYTES if self.chunked else 0)
+            if not self.service.spool.take(more):
+                raise Busy("too many large bodies are being sent at the same time; send it again")
+            self.taken += more
+        if self.chunked and len(body.control_line) + len(body.trailer) > CHUNK_LINE_BYTES:
+            raise Malformed("", f"what stands before or after a chunk has up to {CHUNK_LINE_BYTES} bytes")
+
+    def close(self) -> None:
+        super().close()
+        taken, self.taken = self.taken, 0
+        self.service.spool.give(taken)
+
+
 class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
-    """Says in JSON what waitress itself refuses: a request that is no HTTP, or too large."""
+    """Says in JSON what is refused before there is a request that could be answered."""
 
     def execute(self) -> None:
-        refused = self.request.error
-        too_large = f"the body is too large: {BODY_BYTES} bytes are possible"
-        sentence = too_large if refused.code == 413 else f"{refused.reason}: {refused.body}"
-        refused.to_response = lambda ident=None: (
-            f"{refused.code} {refused.reason}",
-            [("Content-Type", "application/json"), ("X-Request-Id", secrets.token_hex(8))],
-            msgspec.json.encode({"error": sentence}),
-        )
-        super().execute()
+        refusal = refusal_in(self.request.error)
+        self.status = f"{refusal.status} {http.HTTPStatus(refusal.status).phrase}"
+        body = b"" if self.request.command == "HEAD" else msgspec.json.encode(refusal.body())
+        said = {"Content-Type": "application/json", "X-Request-Id": secrets.token_hex(8)}
+        self.response_headers += [*said.items(), *refusal.headers.items()]
+        self.set_close_on_finish()
+        self.channel.is_refused = True
+        self.content_length = len(body)
+        self.write(body)
+
+
+def refusal_in(error: Any) -> Refusal:
+    """Return the refusal that an *error* of waitress's is, if it is none of ours."""
+    if isinstance(error, Refusal):
+        return error
+    if error.code == 413:
+        return TooLarge(f"the body is too large: {BODY_BYTES} bytes are possible", limit=BODY_BYTES)
+    refusal = Refusal(f"{error.reason}: {error.body}")
+    refusal.status = error.code
+    return refusal
 
 
 class Task(waitress.task.WSGITask):  # type: ignore[misc]
@@ -5838,7 +6023,7 @@ class Task(waitress.task.WSGITask):  # type: ignore[misc]
 
     def finish(self) -> None:
         super().finish()
-        self.channel.write_soon(b"")
+        self.channel.finish()
 
     def set_close_on_finish(self) -> None:
         asked_for = self.version == "1.0" or self.request.headers.get("CONNECTION", "").lower() == "close"
@@ -5846,10 +6031,172 @@ class Task(waitress.task.WSGITask):  # type: ignore[misc]
             super().set_close_on_finish()
 
 
+class Stage(NamedTuple):
+    """What a client is waited for: how long (s), prolonged by 1/rate (s) with each byte; and what it is told."""
+
+    seconds: float
+    rate: float = math.inf  # bytes/s
+    sentence: str = ""
+
+
+RESTING = Stage(IDLE_S)  # for its next request
+BEGINNING = Stage(HEAD_S, sentence=f"the head of a request must be there after {HEAD_S:.0f} s")
+SENDING = Stage(STALL_S, RATE, f"a body must come with {RATE} bytes a second; it was {STALL_S:.0f} s behind")
+READING = Stage(STALL_S, RATE)  # for reading it
+PARTING = Stage(PARTING_S)  # for reading why it was refused
+
+
 class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
+    """A connection. Its next request is read when the answer to the one before has been sent.
+
+    The server's loop looks each TICK_S whether clients keep their times. Who is being answered, or held, owes nothing.
+    """
+
     task_class = Task
     error_task_class = JsonErrorTask
+    request: Any = None  # that is being received
+    will_close = close_when_flushed = False
     head = b""  # of an answer, still to be sent
+    unread = b""  # what was received, and not looked at yet
+    moved = 0  # bytes, since the last look
+    reserved = 0  # of the room for all answers
+    is_refused = False
+
+    def __init__(self, server: Any, *connection: Any, **more: Any) -> None:
+        self.asked = time.monotonic()  # when it last had a complete request
+        self.enter(BEGINNING)
+        super().__init__(server, *connection, **more)
+        self.sendbuf_len = min(self.sendbuf_len, SENT_BYTES)
+
+    def parser_class(self, adjustments: Any) -> Parser:
+        return Parser(adjustments, self.server.service, str(self.addr[0]))
+
+    def enter(self, stage: Stage) -> None:
+        self.stage, self.patience = stage, stage.seconds
+
+    # What is received
+
+    def readable(self) -> bool:  # as waitress's own, which would be asked a thousand times in each turn of the loop
+        busy = self.unread or self.total_outbufs_len or len(self.requests) > 1
+        return not (busy or self.will_close or self.close_when_flushed)
+
+    def received(self, piece: bytes = b"") -> None:
+        """Read requests from what was not looked at yet and *piece*, as far as they may be."""
+        with self.requests_lock:
+            if self.will_close or self.close_when_flushed or self.stage is PARTING:
+                return
+            self.unread, self.moved = self.unread + piece, self.moved + len(piece)
+            if piece and self.stage is RESTING:
+                self.enter(BEGINNING)
+            while self.unread and not self.requests and not self.total_outbufs_len:
+                self.read_on()
+
+    def read_on(self) -> None:
+        request = self.request = self.request or self.parser_class(self.adj)
+        in_head = not request.headers_finished
+        self.unread = self.unread[request.received(self.unread) :]
+        if request.completed:
+            self.request, self.unread = None, b"" if request.error else self.unread
+            if not request.empty:
+                self.hand_over(request)
+        elif in_head and request.headers_finished:
+            self.enter(SENDING)
+            if request.expect_continue:
+                self.send_continue()
+
+    def hand_over(self, request: Parser) -> None:
+        self.requests.append(request)
+        self.server.add_task(self)
+
+    def service(self) -> None:
+        super().service()
+        self.asked = time.monotonic()
+        with self.requests_lock:
+            if not self.requests and not self.request and self.stage is not PARTING:
+                self.enter(RESTING)
+        self.settle()
+        if self.unread:
+            self.received()
+
+    # What the client owes
+
+    def wait(self, passed: float) -> None:
+        """Note that so many seconds have *passed*; lose patience with a client that has not done its part in time."""
+        if self.total_outbufs_len and self.stage is not READING:
+            self.enter(READING)
+        moved, self.moved = self.moved, 0
+        if self.will_close or (self.requests and not self.total_outbufs_len):
+            return
+        self.patience = min(self.stage.seconds, self.patience - passed + moved / self.stage.rate)
+        if self.patience > 0:
+            return
+        if self.request and self.stage.sentence:
+            return self.refuse(TooSlow(self.stage.sentence))
+        if self.stage is READING:  # the client is to see that it was cut, and the kernel not to go on trying
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.will_close = True
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Answer, instead of the request that is being received, why it was not waited for."""
+        with self.requests_lock:
+            request, self.request, self.unread = self.request, None, b""
+            request.error = refusal
+            self.hand_over(request)
+
+    # What is sent
+
+    def reserve(self, size: int) -> None:
+        """Take room for an answer until it has been sent; raise Busy."""
+        if not self.server.service.spool.take(size):
+            raise Busy("too many large answers are being read at the same time; ask again")
+        self.reserved += size
+
+    def settle(self, closed: bool = False) -> None:
+        """Give back the room for answers if they have been sent, or the connection is *closed*."""
+        with self.outbuf_lock:
+            if closed or not (self.total_outbufs_len or self.requests):
+                size, self.reserved = self.reserved, 0
+                self.server.service.spool.give(size)
+
+    def _flush_some(self, do_close: bool = True) -> bool:
+        with self.outbuf_lock:  # waitress does without where nothing is answered; a "100 Continue" may be sent then
+            return bool(super()._flush_some(do_close))
+
+    def send(self, piece: bytes, do_close: bool = True) -> int:
+        sent: int = super().send(piece, do_close)
+        self.moved += sent
+        return sent
+
+    def handle_write(self) -> None:
+        if self.is_refused and self.close_when_flushed and not self.will_close:
+            self._flush_exception(self._flush_some)
+            return None if self.total_outbufs_len or self.will_close or not self.connected else self.part()
+        super().handle_write()
+        if self.connected and not self.total_outbufs_len:
+            self.settle()
+            with self.requests_lock:
+                if self.stage is READING and not self.requests:
+                    self.enter(SENDING if self.request else RESTING)
+            self.received()
+
+    def part(self) -> None:
+        """Close our end, and leave the other time to read why: closing all would take that from who still sends."""
+        with self.requests_lock:
+            self.close_when_flushed, self.unread = False, b""
+            self.enter(PARTING)
+        try:
+            self.socket.shutdown(socket.SHUT_WR)
+        except OSError:  # it has gone
+            self.will_close = True
+
+    def handle_close(self) -> None:
+        super().handle_close()
+        request, self.request, self.unread = self.request, None, b""
+        if request:
+            request.close()
+        self.settle(closed=True)
+
+    # While a request is held
 
     @contextlib.contextmanager
     def parked(self) -> Iterator[None]:
@@ -5873,12 +6220,74 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
             return bool(poll.poll(0))
 
     def write_soon(self, data: Any) -> int:
+        if not data:
+            return 0  # a head waits for what comes after it
         head, self.head = self.head, b""
-        if head and isinstance(data, bytes):
-            data = head + data
+        if isinstance(data, bytes):
+            data = self.send_at_once(head + data)
         elif head:  # before a file
             super().write_soon(head)
         return super().write_soon(data)  # type: ignore[no-any-return]
+
+    def finish(self) -> None:
+        """Send a head after which nothing came."""
+        head, self.head = self.head, b""
+        self.write_soon(head)
+
+    def send_at_once(self, data: bytes) -> bytes:
+        """Return what is left of *data*: what a client takes at once need not be set aside for it."""
+        with self.outbuf_lock:
+            if self.total_outbufs_len or not self.connected:
+                return data
+            return data[self.send(data, do_close=False) :]
+
+
+class Door(waitress.server.TcpWSGIServer):  # type: ignore[misc]
+    """An address on which the service listens; the loop looks at each in turn, before the connections."""
+
+    channel_class = Channel
+    looked = opens_again = 0.0  # moments (s, monotonic)
+
+    def __init__(self, service: Service, *arguments: Any, **more: Any) -> None:
+        self.service = service
+        service.doors.append(self)
+        super().__init__(service.app, *arguments, **more)
+
+    def readable(self) -> bool:
+        now = time.monotonic()
+        if (passed := now - self.looked) >= TICK_S:
+            self.looked = now
+            for channel in [*self.active_channels.values()]:
+                channel.wait(min(passed, 2 * TICK_S))  # where the whole machine slept, no client did
+        return now >= self.opens_again
+
+    def accept(self) -> Any:
+        try:
+            return super().accept()
+        except OSError as error:  # the descriptors are used up: the loop must not ask again at once, and again
+            log.warning("no connection can be accepted: %s", error.strerror)
+            self.opens_again = time.monotonic() + TICK_S
+            return None
+
+    def handle_accept(self) -> None:
+        newcomers = []
+        for connection, address in itertools.islice(iter(self.accept, None), ACCEPTED):
+            with contextlib.suppress(OSError):  # it has gone again
+                self.set_socket_options(connection)
+                newcomers.append(self.channel_class(self, connection, address, self.adj, map=self._map))
+        self.make_room(newcomers)
+
+    def make_room(self, newcomers: list[Channel]) -> None:
+        """Close what is open beyond the limit: what has been longest without a complete request, least an answer."""
+        limit = self.adj.connection_limit
+        if sum(len(door.active_channels) for door in self.service.doors) <= limit:
+            return
+        channels = {each for door in self.service.doors for each in [*door.active_channels.values()]}
+        channels = {each for each in channels if not each.will_close}
+        idle = [each for each in channels.difference(newcomers) if not each.requests]
+        idle.sort(key=lambda each: (each.total_outbufs_len > 0, each.asked))
+        for each in [*idle, *newcomers][: max(0, len(channels) - limit)]:
+            each.will_close = True
 
 
 # ---------------------------------------------------------------------------------------- Main
@@ -5892,29 +6301,44 @@ TRUST = {"trusted_proxy_headers": {"x-forwarded-for"}, "clear_untrusted_proxy_he
 NOT_OPENED = "kirosync: the state directory {} cannot be opened: {}"
 
 
-def listen(service: Service, threads: int, proxy: str = "") -> Any:
-    """Return the server, bound to its address; end the program in one line if that cannot be."""
+class Server(waitress.server.MultiSocketServer):  # type: ignore[misc]
+    """All doors, in one loop."""
+
+    def close(self) -> None:
+        self.task_dispatcher.shutdown()
+
+
+def listen(service: Service, threads: int, proxy: str = "") -> Server:
+    """Return the server, bound to all addresses of its host; end the program in one line if that cannot be."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    dispatcher, doors = waitress.task.ThreadedTaskDispatcher(), dict[int, Any]()
     try:
-        server = waitress.server.create_server(
-            service.app,
+        adjustments = waitress.adjustments.Adjustments(
             host=service.host,
             port=service.port,
-            threads=threads,
-            connection_limit=CONNECTIONS,
+            connection_limit=max(1, min(CONNECTIONS, (files - OWN_FILES) // DESCRIPTORS)),
+            inbuf_overflow=SMALL_BYTES,
+            outbuf_overflow=SMALL_BYTES,
             outbuf_high_watermark=SPOOLED_BYTES,
             asyncore_use_poll=True,  # select fails where a descriptor is above 1023
             channel_request_lookahead=1,  # else it cannot tell that a client has hung up
+            max_request_header_size=HEAD_BYTES,
             max_request_body_size=BODY_BYTES + 1,  # it refuses what is as large as this
+            log_socket_errors=False,  # clients hang up as they like
             ident="kirosync",
             **(TRUST | {"trusted_proxy": proxy} if proxy else {}),
         )
-    except OSError as error:
+        for *kind, (address, port, *rest) in adjustments.listen:
+            where = (*kind, (address, port or service.port, *rest))  # a port that was found is that of all
+            door = Door(service, doors, dispatcher=dispatcher, adj=adjustments, sockinfo=where)
+            service.port = int(door.effective_port)
+    except (OSError, ValueError) as error:
         sys.exit(
-            f"kirosync: cannot listen on {service.host}:{service.port}: {error.strerror}; "
+            f"kirosync: cannot listen on {service.host}:{service.port}: {getattr(error, 'strerror', error)}; "
             "choose another with --port or KIROSYNC_PORT"
         )
-    server.channel_class = Channel
-    return server
+    dispatcher.set_thread_count(threads)
+    return Server(doors, adjustments, None, dispatcher)
 
 
 def settle_in() -> None:
@@ -5934,11 +6358,11 @@ def serve(arguments: argparse.Namespace) -> None:
     settle_in()
     service = service_of(arguments)
     server = listen(service, arguments.threads, arguments.trusted_proxy)
-    service.port = int(server.effective_port)
     held = hold_service(service.keyring.directory, f"http://{service.host}:{service.port}")
     if held is None:
         serving = who_serves(service.keyring.directory)
         sys.exit(f"kirosync: {arguments.state} is served already, by process {serving}; one service is all it can have")
+    tempfile.tempdir = str(service.keyring.directory)  # for what is set aside: /tmp may be memory
     keep_access_log(log_folder(arguments))
     failed: list[Exception] = []
 
