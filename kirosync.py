@@ -2031,7 +2031,7 @@ class Pen:
             record = from_hand(kind, found, entry.stamp[1] // 1_000_000, self.now)
             not_too_deep(identity, msgspec.json.format(msgspec.json.encode(record), indent=2))
         except FileNotFoundError:
-            log.info("%s/%s was removed by hand", kind, name)
+            log.info("%a was removed by hand", f"{kind}/{name}.json")
             return self.delete(kind, identity, self.now, whole=False)  # who makes room is to have it
         except (Unreadable, Malformed) as reason:
             if not (patient and self.store.postpone(kind, name, self.now)):
@@ -2042,7 +2042,7 @@ class Pen:
         if known and entry.crc == known.crc:
             self.store.entries[kind][identity] = self.entries[kind, identity] = known._replace(stamp=entry.stamp)
             return
-        log.info("%s/%s was changed by hand", kind, name)
+        log.info("%a was changed by hand", f"{kind}/{name}.json")
         self._replace(kind, identity, known, record)
 
     def _replace(self, kind: str, identity: str, known: Entry | None, record: Record) -> None:
@@ -2948,7 +2948,7 @@ class Store:
                     trial.adopt(kind, name)
                 pen = trial
             except (OSError, Refusal) as error:  # one odd file must not keep the others
-                log.warning("%s/%s.json is passed over for now: %s", kind, name, error)
+                log.warning("%a is passed over for now: %a", f"{kind}/{name}.json", str(error))
                 self._suspects[kind, name] = pen.now + round(SETTLE_S * 1000)
         return pen, due
 
@@ -2970,7 +2970,7 @@ class Store:
                 os.link(path, place)
         else:
             os.rename(path, place)
-        log.warning("%s/%s.json is not a record; it is now quarantine/%s: %s", kind, name, place.name, reason)
+        log.warning("%a is not a record; it is now %a: %a", f"{kind}/{name}.json", f"quarantine/{place.name}", reason)
         return str(path)
 
     def _catch_up(self) -> None:

@@ -421,8 +421,9 @@ def test_a_misnamed_file_that_comes_and_goes_leaves_its_namesake_alone(store, st
     assert (state / "documents" / "a%20b.json").exists()
 
 
-def test_odd_files_do_not_keep_the_others_nor_what_is_asked_meanwhile(store, state, clock):
+def test_odd_files_do_not_keep_the_others_nor_what_is_asked_meanwhile(store, state, clock, caplog):
     folder = state / "documents"
+    (folder / "a\n2026 INFO forged.json").write_text("{}")
     (folder / os.fsdecode(b"\xff.json")).write_text("{}")
     (folder / "loop.json").symlink_to("loop.json")
     (folder / ("x" * 248 + ".json")).write_text("{}")
@@ -436,6 +437,8 @@ def test_odd_files_do_not_keep_the_others_nor_what_is_asked_meanwhile(store, sta
     again = kirosync.Store(state, clock=clock)
     assert shown(again, kind="documents").keys() == {"good", "pushed"}
     again.close()
+    assert caplog.text.isascii()
+    assert not [line for line in caplog.text.splitlines() if line.startswith("2026 INFO forged")]
 
 
 def test_a_refused_rule_does_not_lose_a_record_whose_file_is_broken(store, state):
