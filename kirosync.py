@@ -6066,7 +6066,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         self.asked = time.monotonic()  # when it last had a complete request
         self.enter(BEGINNING)
         super().__init__(server, *connection, **more)
-        self.sendbuf_len = min(self.sendbuf_len, SENT_BYTES)
+        self.sendbuf_len: int = SENT_BYTES
 
     def parser_class(self, adjustments: Any) -> Parser:
         return Parser(adjustments, self.server.service, str(self.addr[0]))
@@ -6125,6 +6125,8 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         if self.total_outbufs_len and self.stage is not READING:
             self.enter(READING)
         moved, self.moved = self.moved, 0
+        if self.will_close and self.total_outbufs_len:
+            return self.handle_close()  # the loop would wait until the client takes something
         if self.will_close or (self.requests and not self.total_outbufs_len):
             return
         self.patience = min(self.stage.seconds, self.patience - passed + moved / self.stage.rate)
@@ -6134,6 +6136,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
             return self.refuse(TooSlow(self.stage.sentence))
         if self.stage is READING:  # the client is to see that it was cut, and the kernel not to go on trying
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            return self.handle_close()
         self.will_close = True
 
     def refuse(self, refusal: Refusal) -> None:
