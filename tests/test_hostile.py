@@ -66,7 +66,7 @@ def threads_of(server):
 
 
 def exchange(server, request, seconds=10, broken=ConnectionError):
-    """Send bytes, as far as they are taken, and return all that comes back until the connection ends, or is *broken*."""
+    """Send bytes, as far as they are taken, and return all that comes back until the end, or until it is *broken*."""
     with socket.create_connection(address_of(server), seconds, anywhere()) as connection:
         answer = b""
         with contextlib.suppress(broken):
