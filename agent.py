@@ -690,7 +690,7 @@ class Run:
 
     def redacted(self, text: str) -> str:
         redactor = self.redactor()
-        return redactor.feed(text.encode(errors="replace"), last=True).decode() if redactor else text
+        return redactor.feed(text.encode(errors="replace"), last=True).decode(errors="replace") if redactor else text
 
     def see(self, command: Record) -> None:
         """Take note of what others want of it."""

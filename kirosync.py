@@ -863,12 +863,16 @@ def new_command(order: Record, now: int) -> Record:
     return {**order, "status": "pending", "createdAt": now, "updatedAt": now}
 
 
-DECISIVE = ("id", "type", *sorted(SETTLED - {"expiresIn", "target", "metadata", "retryable"}))
+HANDLED = EVERY - ASKED - REMOTE  # by agents, who hash whatever any of these types may have
+HANDLED_FIELDS = {field for kind in HANDLED for table in ORDERS[kind][:2] for field in table}
+DECISIVE = {kind: {*required, *optional} for kind, (required, optional, _) in ORDERS.items()}
+DECISIVE |= dict.fromkeys(HANDLED, HANDLED_FIELDS)
 
 
 def hash_of(command: Record) -> str:
     """Return the sha256 of what decides what a *command* does when it is executed; agents ask humans by the same."""
-    exact = {field: command[field] for field in DECISIVE if field in command}
+    fields = {"id", "type", "workingDir", "env", "timeout"} | DECISIVE.get(command["type"], set())
+    exact = {field: command[field] for field in fields & command.keys()}
     return hashlib.sha256(json.dumps(exact, sort_keys=True).encode()).hexdigest()
 
 
@@ -1231,18 +1235,17 @@ class Finding(NamedTuple):
     remedy: str = ""
 
 
-def judge_space(free: int, files: int | None) -> Finding:
-    """Judge by how many bytes are *free* on a disk, and for how many *files* there is room, None if for any number.
+def judge_space(free: float, files: float) -> Finding:
+    """Judge by how many bytes are *free* on a disk, and for how many *files* there is room.
 
-    >>> judge_space(0, None).level
+    >>> judge_space(0, math.inf).level
     'bad'
     """
-    said = f"{free >> 20} MiB are free" + ("" if files is None else f", and room for {files} files")
-    room = float("inf") if files is None else files
-    if free < RESERVE_BYTES or room < SCARCE_FILES // 100:
+    said = f"{free / (1 << 20):.0f} MiB are free" + (f", and room for {files:.0f} files" if files < math.inf else "")
+    if free < LOW_BYTES or files < LOW_FILES:
         return Finding("bad", said, "make space: archive/, history/, quarantine/ and before-restore-* may be emptied")
-    if free < SCARCE_BYTES or room < SCARCE_FILES:
-        return Finding("warn", said, "make space soon: commands stop being written down when there is none")
+    if free < SCARCE_BYTES or files < SCARCE_FILES:
+        return Finding("warn", said, f"make space soon: with less than {LOW_BYTES >> 20} MiB the service is not well")
     return Finding("ok", said)
 
 
@@ -1357,7 +1360,7 @@ FOLDERS += ["agents", "archive/output", "history", "output", "quarantine"]
 
 
 class Line(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One change in the journal. ``op`` is one of REPLACES, or open: a start of a store; or of TOKEN_OPS.
+    """One change in the journal. ``op`` is one of REPLACES, or open: a start of a store; or add or revoke, of a token.
 
     ``by`` is who wanted it: NAME@ADDRESS of a token, or what it was within the service. Of a command the line says
     what it is and how it stands, so that nobody who reads it later needs the record as it was.
@@ -1998,12 +2001,16 @@ class Pen:
         self.store.saw(name)
 
     def entitle(self, name: str, token: Record | None) -> None:
-        """Have *name* be the name of *token*, or of none: who has the one before is turned away at once."""
-        tokens = without(self.store.tokens(), name) | ({name: token} if token else {})
-        path = f"{self.store.directory}/tokens.json"
-        text = msgspec.json.format(msgspec.json.encode(tokens), indent=2) + b"\n"
-        self.files[path] = File(path, f"{self.store.directory}/.tokens.json.{os.getpid()}"), [text]
-        self._enter("tokens", name, "add" if token else "revoke")
+        """Have *name* be the name of *token*, or of none: who has the one before is turned away at once.
+
+        Raises Malformed if tokens.json cannot be read: it is not to be written over.
+        """
+        said = tokens_said(self.store.directory)  # all of it, also what does not count
+        tokens = without(said, name) | ({name: token} if token else {})
+        op = "add" if token else "revoke"
+        file = self.store.file("tokens", name, op, self.revision + 1)
+        self.files[file.path] = file, [msgspec.json.format(msgspec.json.encode(tokens), indent=2) + b"\n"]
+        self._enter("tokens", name, op)
 
     def mark(self, kind: str, identity: str, op: str) -> None:
         """Enter in the journal what is no change of a record, for who accounts for it."""
@@ -2364,6 +2371,12 @@ def standing_of(lines: Iterable[Line]) -> dict[tuple[str, str, str], Line]:
     return standing
 
 
+def room_on(path: Path) -> tuple[float, float]:
+    """Return how many bytes, and how many files, still fit on the disk of *path*; infinity where it has no limit."""
+    disk = os.statvfs(path)
+    return disk.f_bavail * disk.f_frsize, disk.f_favail if disk.f_files else math.inf
+
+
 class Lock:
     """The lock that processes share. Threads take turns before they come here.
 
@@ -2485,7 +2498,9 @@ class Store:
         return self.directory / "output" / f"{name_of(check_id(identity))}.{STREAMS[stream]}"
 
     def file(self, kind: str, identity: str, op: str, revision: int) -> File:
-        """Return the file that *op* writes: the record, or the tombstone in its place."""
+        """Return the file that *op* writes: the record, or the tombstone in its place; or that of all tokens."""
+        if kind == "tokens":
+            return File(f"{self.directory}/tokens.json", f"{self.directory}/.tokens.json.{revision}")
         record = self.path(kind, identity)
         path = self.grave(kind, identity, op) if op in GRAVES else record
         folder, name = os.path.split(path)
@@ -2719,9 +2734,8 @@ class Store:
             self.trouble = ""
 
     def room(self) -> tuple[float, float]:
-        """Return how many bytes, and how many files, still fit on the disk; infinity where it has no such limit."""
-        disk = os.statvfs(self.directory)
-        return disk.f_bavail * disk.f_frsize, disk.f_favail if disk.f_files else math.inf
+        """Return how many bytes, and how many files, still fit on the disk."""
+        return room_on(self.directory)
 
     def _commit_queue(self) -> None:
         """Commit whatever waits, as the one thread that does."""
@@ -2870,6 +2884,8 @@ class Store:
         if self._journal.lines <= 2 * len(self.recent) + SLACK_LINES:
             return False
         inode, size = audited or self._journal.known
+        if inode != self._journal.known[0]:
+            return False
         self._journal.summarize(size)
 
         def replace(pen: Pen) -> bool:
@@ -3004,7 +3020,7 @@ class Store:
     def _finish(self, lines: Iterable[Line]) -> None:
         """Put in place what the writers of *lines* set aside and did not live to rename."""
         for line in sorted(lines, key=lambda line: line.revision):
-            if line.kind in self.kinds and line.op in ("put", *GRAVES):
+            if (line.kind in self.kinds and line.op in ("put", *GRAVES)) or line.kind == "tokens":
                 file = self.file(line.kind, line.id, line.op, line.revision)
                 if os.path.exists(file.aside):
                     log.warning("completing %s: its writer was stopped", os.path.basename(file.path))
@@ -3078,7 +3094,10 @@ class Store:
     def _aside(self) -> list[Path]:
         """Return the files that were set aside and are neither renamed nor removed: a writer was stopped."""
         folders = (self.directory / part / kind for part in ("", *GRAVES.values()) for kind in self.kinds)
-        return [path for folder in folders for path in folder.glob(".*.json.*") if path.suffix[1:].isdecimal()]
+        paths = itertools.chain(
+            self.directory.glob(".tokens.json.*"), *(folder.glob(".*.json.*") for folder in folders)
+        )
+        return [path for path in paths if path.suffix[1:].isdecimal()]
 
     def _clear_aside(self) -> None:
         """Remove what was set aside and never entered in the journal: it was not acknowledged."""
@@ -3144,7 +3163,7 @@ class Store:
                 self._lock.close()
 
 
-class Entered(msgspec.Struct, frozen=True, omit_defaults=True, rename={"place": "from"}):
+class AuditLine(msgspec.Struct, frozen=True, omit_defaults=True, rename={"place": "from"}):
     """A line of the audit log: who wanted what, from where; of a command what it is, and how it stands after it.
 
     ``previous`` is the sha256 of the line before, which so cannot be changed, or taken out, unnoticed.
@@ -3186,50 +3205,52 @@ class Audit:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.journal = open(store.directory / "journal.jsonl", "rb")  # noqa: SIM115  for as long as the service runs
         self.known = self.position()
+        self.read_up_to = self.known.revision
+        self.pending: list[Line] = []  # that have been read, and are to be entered
+        self.place = (0, 0)  # the inode of the journal, and how much of it has been entered
+        self.begins = not audited_in(store.directory)  # then what it enters first is no news
 
     def position(self) -> Position:
-        """Return where to go on; a line that was not written to its end is taken out."""
+        """Return where to go on; a line that was not written to its end is taken out first."""
+        with contextlib.suppress(FileNotFoundError), open(self.path, "r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
         told, last = audited_in(self.store.directory), Position()
         for path in (*audit_files(self.path.parent)[-1:], self.path):
-            for raw, line in entered_in(path):
+            for raw, line in lines_of_audit(path):
                 last = Position(line.seq, digest(raw), line.revision) if line else last
-        with contextlib.suppress(FileNotFoundError), open(self.path, "r+b") as file:
-            text = file.read()
-            file.truncate(text.rfind(b"\n") + 1)
         if told and told.seq > last.seq:
             log.error("the audit log has lost the lines %d to %d", last.seq + 1, told.seq)
             return told
         return last if told else Position(last.seq, last.sha256)  # of another state: none of it is in this one's
 
-    @property
-    def place(self) -> tuple[int, int]:
-        """The inode of the journal, and how much of it has been entered."""
-        return os.fstat(self.journal.fileno()).st_ino, self.journal.tell()
+    def look(self) -> list[Line]:
+        """Return what is new in the journal; it is to be entered."""
+        if len(self.pending) >= AUDIT_LINES:  # the log cannot be written: the journal keeps the rest
+            return []
+        self.pending += (new := [*self.read()])
+        return new
 
-    def follow(self) -> list[Line]:
-        """Enter what is new in the journal, durably, and return it; raise OSError, and then it is for the next time."""
-        place, lines = self.journal.tell(), [Line(self.known.revision, 0, 0, "", "", "")]
-        for line in self.read():
-            if line.op in AUDITED and line.revision > lines[-1].revision:  # it may be in the next journal too
-                lines.append(line)
-        del lines[0]
-        try:
-            for start in range(0, len(lines), AUDIT_LINES):
-                self.enter(lines[start : start + AUDIT_LINES])
-        except OSError:
-            self.journal.seek(place)
-            raise
-        return lines
+    def follow(self) -> None:
+        """Enter what is new, durably; raise OSError, and then it is for the next time."""
+        self.look()
+        while self.pending:
+            some = self.pending[:AUDIT_LINES]
+            self.enter(some)
+            del self.pending[: len(some)]
+        self.place = os.fstat(self.journal.fileno()).st_ino, self.journal.tell()
 
     def read(self) -> Iterator[Line]:
-        """Yield the lines of the journal that have not been read; of the one before, if it was replaced, first."""
+        """Yield the changes in the journal that have not been read; of the one before, if it was replaced, first."""
         while True:
             for raw in self.journal:
                 if not raw.endswith(b"\n"):
                     self.journal.seek(-len(raw), os.SEEK_CUR)
                     break
                 with contextlib.suppress(ValueError):
-                    yield msgspec.json.decode(raw, type=Line)
+                    line = msgspec.json.decode(raw, type=Line)
+                    if line.op in AUDITED and line.revision > self.read_up_to:  # it may be in the next journal too
+                        self.read_up_to = line.revision
+                        yield line
             try:
                 if os.path.samestat(os.fstat(self.journal.fileno()), os.stat(self.journal.name)):
                     return
@@ -3239,15 +3260,16 @@ class Audit:
             self.journal = open(self.journal.name, "rb")  # noqa: SIM115
 
     def enter(self, lines: Sequence[Line]) -> None:
-        self.make_room()
+        self.rotate()
         known, text = self.known, b""
         for line in lines:
-            raw = entered(known, line)
+            raw = msgspec.json.encode(said_of(known, line))
             text += raw + b"\n"
             known = Position(known.seq + 1, digest(raw), line.revision)
         self.append(text)
         self.known = known
-        self.store.remember("audit", msgspec.json.encode(known))
+        with contextlib.suppress(OSError):  # it is found again in the log itself
+            self.store.remember("audit", msgspec.json.encode(known))
 
     def append(self, text: bytes) -> None:
         """Add *text* to the log: all of it, or none and OSError."""
@@ -3260,16 +3282,18 @@ class Audit:
             except OSError:
                 os.ftruncate(fd, size)
                 raise
+            if not size:
+                sync_folder(self.path.parent)
         finally:
             os.close(fd)
 
-    def make_room(self) -> None:
+    def rotate(self) -> None:
         """Begin another file if this one is large; the oldest of too many goes, and the log says so."""
         if not self.path.exists() or self.path.stat().st_size < AUDIT_BYTES:
             return
         os.rename(self.path, self.path.with_name(f"audit-{self.known.seq:015d}.jsonl"))
         for old in audit_files(self.path.parent)[:-AUDIT_FILES]:
-            [(raw, last)] = collections.deque(entered_in(old), 1)
+            raw, last = [(b"", None), *collections.deque(lines_of_audit(old), 1)][-1]
             line = Line(self.known.revision, self.store.clock(), 0, "audit", old.name, "prune", by=self.store.by)
             pruned = msgspec.structs.replace(
                 said_of(self.known, line), sha256=digest(raw), until=last.seq if last else 0
@@ -3286,15 +3310,11 @@ class Audit:
 AUDITED = ("put", "delete", "archive", "quarantine", "add", "revoke", "restore")  # the ops that are changes to someone
 
 
-def said_of(known: Position, line: Line) -> Entered:
+def said_of(known: Position, line: Line) -> AuditLine:
     """Return what the audit log, which has come as far as *known*, says next, of a *line* of the journal."""
     by, _, place = line.by.rpartition("@") if "@" in line.by else (line.by, "", "")
     told = (line.kind, line.id, line.op, line.type, line.status, line.outcome, line.sha256)
-    return Entered(known.seq + 1, known.sha256, line.at, line.revision, by, place, *told)
-
-
-def entered(known: Position, line: Line) -> bytes:
-    return msgspec.json.encode(said_of(known, line))
+    return AuditLine(known.seq + 1, known.sha256, line.at, line.revision, by, place, *told)
 
 
 def audited_in(directory: Path) -> Position | None:
@@ -3309,14 +3329,14 @@ def audit_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("audit-*.jsonl"))
 
 
-def entered_in(path: Path) -> Iterator[tuple[bytes, Entered | None]]:
+def lines_of_audit(path: Path) -> Iterator[tuple[bytes, AuditLine | None]]:
     """Yield each line of a file of an audit log, and what it says, None if that is no line."""
     try:
         with open(path, "rb") as file:
             for raw in file:
                 line = None
                 with contextlib.suppress(ValueError):
-                    line = msgspec.json.decode(raw, type=Entered)
+                    line = msgspec.json.decode(raw, type=AuditLine)
                 yield raw.rstrip(b"\n"), line
     except FileNotFoundError:
         return
@@ -3332,7 +3352,7 @@ class Chain:
         self.told, self.known, self.before = told, Position(), ""
         self.count, self.start, self.pruned = 0, Position(), set[tuple[int, str]]()
 
-    def add(self, here: str, raw: bytes, line: Entered | None) -> str:
+    def add(self, here: str, raw: bytes, line: AuditLine | None) -> str:
         """Return what is wrong with a line, or with the one before it, "" if nothing is."""
         if line is None:
             return f"{here} was changed: it is no line of the log"
@@ -3361,27 +3381,38 @@ def verify_audit(folder: Path, told: Position | None) -> tuple[int, str]:
     """Return how many lines of the audit log in *folder* are whole, and what is wrong with the next, "" if nothing."""
     chain = Chain(told)
     for path in (*audit_files(folder), folder / "audit.jsonl"):
-        for number, (raw, line) in enumerate(entered_in(path), 1):
+        for number, (raw, line) in enumerate(lines_of_audit(path), 1):
             if problem := chain.add(f"{path.name} line {number}", raw, line):
                 return chain.count, problem
     return chain.count, chain.end()
 
 
-def tokens_in(directory: Path) -> dict[str, Record]:
-    """Return the well-formed tokens of the file tokens.json by name; the others are in the log, and nobody's."""
+def tokens_said(directory: Path) -> Record:
+    """Return what tokens.json says, whatever that is worth; raise Malformed."""
     try:
-        said = check(dict[str, Any], parse(read_file(f"{directory}/tokens.json")[0]), "")
+        return check(dict[str, Any], parse(read_file(f"{directory}/tokens.json")[0]), "")  # type: ignore[no-any-return]
     except FileNotFoundError:
         return {}
     except (Unreadable, Malformed) as problem:
-        log.error("tokens.json cannot be read, so no token in it counts: %s", problem)
+        raise Malformed("tokens.json", str(problem)) from None
+
+
+def tokens_in(directory: Path) -> dict[str, Record]:
+    """Return the well-formed tokens of the file tokens.json by name; the others are in the log, and nobody's."""
+    try:
+        said = tokens_said(directory)
+    except Malformed as problem:
+        log.error("no token of a file counts: %s", problem)
         return {}
     tokens = {}
-    for name, token in itertools.islice(said.items(), TOKENS):
+    for number, (name, token) in enumerate(said.items()):
         try:
             tokens[name] = check(TOKEN, token, "")
+            if number >= TOKENS:
+                raise Malformed("", f"there are {TOKENS} before it, which is as many as can be")
         except Malformed as problem:
-            log.error("tokens.json: the token %r does not count: %s", name, problem)
+            tokens.pop(name, None)
+            log.error("tokens.json: the token %a does not count: %s", name, problem)
     return tokens
 
 
@@ -3457,8 +3488,9 @@ def hold_service(directory: Path, address: str) -> int | None:
     if not filelock.lock_descriptor(fd, blocking=False):
         os.close(fd)
         return None
-    os.ftruncate(fd, 0)
-    write_all(fd, f"{os.getpid()} {address}\n".encode())
+    with contextlib.suppress(OSError):  # a full disk can still be read
+        os.ftruncate(fd, 0)
+        write_all(fd, f"{os.getpid()} {address}\n".encode())
     return fd
 
 
@@ -3536,6 +3568,11 @@ def as_owner(directory: Path) -> Iterator[None]:
         os.setegid(os.getgid())
 
 
+def lock_of(directory: Path) -> Lock:
+    with as_owner(directory):  # it may have to be made
+        return Lock(directory / ".lock")
+
+
 def settle(directory: Path) -> None:
     """Have a store take in what was done by hand, and complete what a writer did not live to."""
     with as_owner(directory), contextlib.closing(Store(directory)) as store:
@@ -3557,7 +3594,7 @@ class Snapshot:
     def __enter__(self) -> Snapshot:
         if not (self.directory / "journal.jsonl").exists():
             raise NotFound(f"there is no state in {self.directory}")
-        self.lock, self.fd = Lock(self.directory / ".lock"), -1
+        self.lock, self.fd = lock_of(self.directory), -1
         try:
             with as_owner(self.directory):
                 self._take()
@@ -3715,8 +3752,7 @@ def check_member(member: tarfile.TarInfo, folder: Path) -> None:
         raise Malformed(where, "is nothing that a backup holds")
     if hasattr(tarfile, "data_filter"):  # from 3.11.4 on
         tarfile.data_filter(member, str(folder))
-    disk = os.statvfs(folder)
-    if member.size > disk.f_bavail * disk.f_frsize - RESERVE_BYTES:
+    if member.size > room_on(folder)[0] - RESERVE_BYTES:
         raise Full(f"{where} has {member.size} bytes, for which there is no space: nothing was changed")
 
 
@@ -4045,8 +4081,7 @@ def inspect_state(directory: Path) -> list[Flaw]:
         raise NotFound(f"there is no state in {directory}")
     flaws = [*Inspection(directory).look()]
     if suspects := dict.fromkeys(flaw.path for flaw in flaws if flaw.remedy):
-        lock = Lock(directory / ".lock")
-        with contextlib.closing(lock), lock.held():
+        with contextlib.closing(lock_of(directory)) as lock, lock.held():
             inspection = Inspection(directory)
             again = [flaw for path in suspects for flaw in inspection.judge(path)]
         flaws = [*again, *(flaw for flaw in flaws if flaw.path not in suspects)]
@@ -4073,8 +4108,7 @@ def repair(directory: Path) -> list[Flaw]:
 
 def set_flaws_aside(directory: Path, flaws: Iterable[Flaw]) -> None:
     """Move what is still as *flaws* say into quarantine, each with the reason."""
-    lock = Lock(directory / ".lock")
-    with contextlib.closing(lock), lock.held(), as_owner(directory):
+    with contextlib.closing(lock_of(directory)) as lock, lock.held(), as_owner(directory):
         inspection = Inspection(directory)
         for flaw in flaws:
             if flaw in inspection.judge(flaw.path) and os.path.lexists(directory / flaw.path):
@@ -4712,10 +4746,11 @@ class Gate:
         if short and came not in self.came and self.tries.pause(home):
             return None
         token = self.keyring.find(secret)
-        if short and token:
-            self.came[came] = None
-            if len(self.came) > METERED:
-                del self.came[next(iter(self.came))]
+        if short and token and came not in self.came:
+            with self.guard:
+                self.came[came] = None
+                if len(self.came) > METERED:
+                    del self.came[next(iter(self.came))]
         return token
 
     def turn_away(self, home: str, secret: bytes, scopes: Sequence[str]) -> None:
@@ -4955,13 +4990,18 @@ class Service:
         return self.send(pieces, ends)
 
     def reserved(self, body: Any) -> Any:
-        """Return *body* with room for what is to be set aside of it until the client has read it; raise Busy."""
+        """Return *body* with room for what is to be set aside of it until the client has read it.
+
+        Raises Busy if there is none, but not once something may have been changed: that is to be told, and waited for.
+        """
         channel = bottle.request.environ.get("kirosync.channel")
         if hasattr(body, "read") or not channel or bottle.request.method == "HEAD":
             return body
         pieces = pieces_of(body)
         if (size := sum(map(len, pieces))) > SMALL_BYTES:
-            channel.reserve(min(size, SPOOL_BYTES))
+            asks = bottle.request.method == "GET"
+            if not channel.reserve(min(size, SPOOL_BYTES), 0 if asks else LOCK_S) and asks:
+                raise Busy("too many large answers are being read at the same time; ask again")
         return pieces
 
     def let_in(self, scopes: Sequence[str]) -> None:
@@ -5138,13 +5178,15 @@ class Service:
         """Whether the service is well: {status, timestamp, server: {running, port, host, uptime in s}}.
 
         It is unhealthy, and the status code 503, while it reads its state directory, where that cannot be written or is
-        nearly full, and when a command has waited for a minute that no agent is there to take; "problem" says which.
+        nearly full, and when a command has waited for a minute that no agent is there to take: "problem" says which,
+        and "ready" whether at least the service itself can work.
         Who brings a token learns more: queue: {pending, processing, oldestPendingMs}, and agents: {name: {kind,
         present, lastSeen}}.
         """
         now, problem = self.opened.clock() if self.opened else time.time() * 1000, self.problem()
         server = {"running": True, "port": self.port, "host": self.host, "uptime": self.uptime()}
-        said = {"status": "unhealthy", "problem": problem} if problem else {"status": "healthy"}
+        said: Record = {"status": "unhealthy", "problem": problem} if problem else {"status": "healthy"}
+        said["ready"] = not self.hindrance()
         bottle.response.status = 503 if problem else 200
         more = self.overview() if self.opened and bottle.request.environ["kirosync.token"] else {}
         return {**said, "timestamp": iso(now), "server": server, **more}
@@ -5152,18 +5194,21 @@ class Service:
     def uptime(self) -> float:
         return round(time.monotonic() - self.started, 3)
 
-    def problem(self) -> str:
-        """Return why the service is not well, "" if it is."""
+    def hindrance(self) -> str:
+        """Return what keeps the service from its work, "" if nothing does."""
         if not self.opened:
             return "starting"
         if self.store.trouble:
             return self.store.trouble
-        free, files = self.store.room()
-        if free < LOW_BYTES or files < LOW_FILES:
-            return f"the disk is nearly full: {int(free) >> 20} MiB and room for {files:.0f} files are left"
-        if untaken := self.untaken():
-            return f"nobody takes commands: {untaken} wait for agents that are not there"
-        return ""
+        space = judge_space(*self.store.room())
+        return f"the disk is nearly full: {space.sentence}" if space.level == "bad" else ""
+
+    def problem(self) -> str:
+        """Return why the service, or what it is for, is not well, "" if all is."""
+        if hindrance := self.hindrance():
+            return hindrance
+        untaken = self.untaken()
+        return f"nobody takes commands: {untaken} wait for agents that are not there" if untaken else ""
 
     def untaken(self) -> int:
         """Return how many commands have waited for UNTAKEN_S, while no agent is there to take them."""
@@ -5211,7 +5256,7 @@ class Service:
                 *("notifications_total", "counter"),
                 [({"result": each}, n) for each, n in (self.notifier.counts if self.notifier else {}).items()],
             ),
-            ("requests_without_token_total", "counter", [({}, self.gate.refused)]),
+            ("requests_without_valid_token_total", "counter", [({}, self.gate.refused)]),
             (
                 *("requests_total", "counter"),
                 [({"method": m, "path": p, "status": s}, n) for (m, p, s), n in sorted(self.counts.copy().items())],
@@ -5264,7 +5309,9 @@ class Service:
         data is what changed after it, and what became of that which was sent.
         """
         push, asker = check_push(self.body()), self.asker
-        self.check_open(sum(each["status"] not in ENDED for each in push.get("commands", {}).values()))
+        known = self.store.entries["commands"]
+        new = [each for identity, each in push.get("commands", {}).items() if identity not in known]
+        self.check_open(sum(each["status"] not in ENDED for each in new))
         status = self.store.change(lambda pen: take_push(pen, push, asker))
         delta = self.store.delta(bottle.request.query.get("since"))
         self.told.up_to(delta.since or delta.revision)
@@ -5322,7 +5369,7 @@ class Service:
         """
         order, seconds, key, asker = self.body(), self.seconds(), self.key(), self.asker
         asker.may(f"queue {order.get('type')}", "queues", str(order.get("type")))
-        self.check_open(1)
+        self.check_open(0 if key and self.store.get("commands", id_of_key(key)) else 1)
         command, known = self.store.change(partial(queue, order=order, key=key, queuedBy=asker.name))
         if known:
             bottle.response.set_header("Idempotent-Replayed", "true")
@@ -5650,19 +5697,27 @@ class Service:
             self.account()
 
     def account(self) -> None:
-        """Enter what has changed in the audit log, and tell it to who is to be notified."""
+        """Tell what has changed to who is to be notified, and enter it in the audit log."""
+        if not self.audit:
+            return
         with self.accounting:
+            news = self.audit.look()
+            if self.notifier and not self.audit.begins:
+                self.notifier.consider(news)
+            self.audit.begins = False
             try:
-                lines = self.audit.follow() if self.audit else []
+                self.audit.follow()
             except OSError as error:
-                return log.warning("the audit log must wait: %s", error)
-        if self.notifier:
-            self.notifier.consider(lines)
+                log.warning("the audit log must wait: %s", error)
 
     def save_use(self) -> None:
-        """Remember when each token was last used."""
-        before = {name: said for name, said in used_in(self.store.directory).items() if name not in self.keyring.used}
-        self.store.remember("used", msgspec.json.encode({**before, **self.keyring.used}))
+        """Remember when each token was last used; of those that were revoked nothing."""
+        used, known = (
+            {**used_in(self.store.directory), **self.keyring.used},
+            {each.name for each in self.keyring.known()},
+        )
+        self.keyring.used = {name: said for name, said in used.items() if name in known}
+        self.store.remember("used", msgspec.json.encode(self.keyring.used))
 
     def forget_agents(self) -> None:
         """Forget the agents that have not been seen for long: a window that has crashed comes with another name."""
@@ -6095,7 +6150,9 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         request = self.request = self.request or self.parser_class(self.adj)
         in_head = not request.headers_finished
         self.unread = self.unread[request.received(self.unread) :]
-        if request.completed:
+        if not self.connected:  # it was closed meanwhile, and nobody else gives back what the request has taken
+            request.close()
+        elif request.completed:
             self.request, self.unread = None, b"" if request.error else self.unread
             if not request.empty:
                 self.hand_over(request)
@@ -6148,11 +6205,11 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
 
     # What is sent
 
-    def reserve(self, size: int) -> None:
-        """Take room for an answer until it has been sent; raise Busy."""
-        if not self.server.service.spool.take(size):
-            raise Busy("too many large answers are being read at the same time; ask again")
-        self.reserved += size
+    def reserve(self, size: int, wait: float) -> bool:
+        """Take room for an answer until it has been sent; return whether there was any, now or within *wait* (s)."""
+        there: bool = self.server.service.spool.take(size, wait)
+        self.reserved += size if there else 0
+        return there
 
     def settle(self, closed: bool = False) -> None:
         """Give back the room for answers if they have been sent, or the connection is *closed*."""
@@ -6361,12 +6418,15 @@ def serve(arguments: argparse.Namespace) -> None:
     settle_in()
     service = service_of(arguments)
     server = listen(service, arguments.threads, arguments.trusted_proxy)
-    held = hold_service(service.keyring.directory, f"http://{service.host}:{service.port}")
+    try:
+        held = hold_service(service.keyring.directory, f"http://{service.host}:{service.port}")
+        keep_access_log(log_folder(arguments))
+    except OSError as error:
+        sys.exit(NOT_OPENED.format(arguments.state, error))
     if held is None:
         serving = who_serves(service.keyring.directory)
         sys.exit(f"kirosync: {arguments.state} is served already, by process {serving}; one service is all it can have")
     tempfile.tempdir = str(service.keyring.directory)  # for what is set aside: /tmp may be memory
-    keep_access_log(log_folder(arguments))
     failed: list[Exception] = []
 
     def stop(*_: Any) -> None:
@@ -6547,8 +6607,7 @@ def check_folder(case: Case) -> Iterator[Finding]:
 
 
 def check_disk(case: Case) -> Iterator[Finding]:
-    disk = os.statvfs(case.disk)
-    yield judge_space(disk.f_bavail * disk.f_frsize, disk.f_favail if disk.f_files else None)
+    yield judge_space(*room_on(case.disk))
 
 
 def check_clock(case: Case) -> Iterator[Finding]:
@@ -6684,13 +6743,13 @@ def care(work: Callable[[argparse.Namespace], int], failed: int = 1) -> Callable
         try:
             sys.exit(work(arguments))
         except (Refusal, OSError) as error:
-            tell(f"{work.__name__}: {error}")
+            tell(f"{work.__name__.replace('_', ' ')}: {error}")
             sys.exit(failed)
 
     return run
 
 
-def add_token(arguments: argparse.Namespace) -> None:
+def add_token(arguments: argparse.Namespace) -> int:
     """Make a token, and print it: this once, for only its sha256 is kept."""
     secret, now = new_secret(), time.time_ns() // 1_000_000
     token: Record = {"scope": arguments.scope, "sha256": digest(secret.encode()), "createdAt": now}
@@ -6707,10 +6766,11 @@ def add_token(arguments: argparse.Namespace) -> None:
     with opened(arguments.state) as store:
         store.change(add)
     print(secret)
-    print(f"the token {arguments.name!r} has the scope {arguments.scope}; it is not shown again", file=sys.stderr)
+    tell(f"the token {arguments.name!r} has the scope {arguments.scope}; it is not shown again")
+    return 0
 
 
-def revoke_token(arguments: argparse.Namespace) -> None:
+def revoke_token(arguments: argparse.Namespace) -> int:
     def revoke(pen: Pen) -> None:
         if arguments.name not in pen.store.tokens():
             raise NotFound(f"there is no token {arguments.name!r}; those there are: {', '.join(pen.store.tokens())}")
@@ -6718,9 +6778,10 @@ def revoke_token(arguments: argparse.Namespace) -> None:
 
     with opened(arguments.state) as store:
         store.change(revoke)
+    return 0
 
 
-def list_tokens(arguments: argparse.Namespace) -> None:
+def list_tokens(arguments: argparse.Namespace) -> int:
     """Print the tokens: their names and scopes, and when they were made, expire, and were last used."""
     state = Path(arguments.state)
     used, tokens = used_in(state), tokens_in(state)
@@ -6728,8 +6789,8 @@ def list_tokens(arguments: argparse.Namespace) -> None:
     if MASTER in used or (state / "token").exists():
         rows[MASTER] = {"scope": "admin", "lastUsed": used.get(MASTER)}
     if arguments.json:
-        return print(msgspec.json.format(msgspec.json.encode(rows), indent=2).decode())
-    for name, row in rows.items():
+        print(msgspec.json.format(msgspec.json.encode(rows), indent=2).decode())
+    for name, row in () if arguments.json else rows.items():
         expires = f"expires {iso(row['expiresAt'])}" if "expiresAt" in row else "does not expire"
         last = (
             f"last used {iso(row['lastUsed']['at'])} from {row['lastUsed']['from']}"
@@ -6737,25 +6798,26 @@ def list_tokens(arguments: argparse.Namespace) -> None:
             else "never used"
         )
         print(f"{name:20} {row['scope']:7} {expires}, {last}")
+    return 0
 
 
-def check_audit(arguments: argparse.Namespace) -> None:
-    """Say whether the audit log is whole; end with 1 if not, and name the first line that is not as it was."""
+def check_audit(arguments: argparse.Namespace) -> int:
+    """Say whether the audit log is whole, or which is the first line that is not as it was."""
     folder, told = log_folder(arguments), audited_in(Path(arguments.state))
     count, problem = verify_audit(folder, told)
     if problem:
-        sys.exit(f"kirosync: {folder}: {problem}")
-    print(f"{count} lines, each as it was written" + ("" if told else "; whether more were there cannot be told"))
+        raise Malformed(str(folder), problem)
+    if not (count or told):
+        raise NotFound(f"there is no audit log in {folder}, and the state directory knows of none")
+    print(f"{count} lines, each as it was written" + ("" if told else "; whether more were there is not known"))
+    return 0
 
 
 @contextlib.contextmanager
 def opened(state: str) -> Iterator[Store]:
-    """Give the store of *state*, for what is no record; who is refused is told so in one line."""
-    try:
-        with as_owner(Path(state)), contextlib.closing(Store(Path(state), kinds=(), by=console())) as store:
-            yield store
-    except (Refusal, OSError) as error:
-        sys.exit(f"kirosync: {error}")
+    """Give the store of *state*, for what is no record."""
+    with as_owner(Path(state)), contextlib.closing(Store(Path(state), kinds=(), by=console())) as store:
+        yield store
 
 
 def console() -> str:
@@ -6850,16 +6912,18 @@ SUBCOMMANDS = (
         ),
     ),
     Subcommand(
-        *("token add", add_token, "make a token, and print it this once"),
+        *("token add", care(add_token), "make a token, and print it this once"),
         (
             Option("name", "whose it is", more={"type": token_name}),
             Option("--scope", "what it may", more={"choices": get_args(Scope), "required": True}),
             Option("--expires", "after which it is not valid: 90d, 12h", more={"type": duration, "metavar": "TIME"}),
         ),
     ),
-    Subcommand("token list", list_tokens, "show the tokens, and when each was last used", (JSON,)),
-    Subcommand("audit verify", check_audit, "look whether the audit log is as it was written", (LOG,)),
-    Subcommand("token revoke", revoke_token, "turn away who has a token, at once", (Option("name", "whose it was"),)),
+    Subcommand("token list", care(list_tokens), "show the tokens, and when each was last used", (JSON,)),
+    Subcommand("audit verify", care(check_audit), "look whether the audit log is as it was written", (LOG,)),
+    Subcommand(
+        "token revoke", care(revoke_token), "turn away who has a token, at once", (Option("name", "whose it was"),)
+    ),
     Subcommand(
         *("backup", care(backup), "write all of the state, as it is at one moment, into FILE, while others go on"),
         (Option("file", "a .tar.gz; - is stdout", more={"metavar": "FILE"}),),

@@ -192,6 +192,25 @@ def test_what_a_crash_kept_from_the_log_is_entered_at_the_next_start(store, stat
     assert verify(state).returncode == 0
 
 
+def test_a_last_line_that_lacks_but_its_end_is_written_anew(store, state, audit, begun):
+    change(store, "a", "b")
+    audit.follow()
+    path = state / "log" / "audit.jsonl"
+    path.write_bytes(path.read_bytes()[:-1])
+    (state / "audit.json").unlink()
+    kept = path.read_bytes().splitlines()[0]
+    position = kirosync.Position(1, kirosync.digest(kept), json.loads(kept)["revision"])
+    store.remember("audit", kirosync.msgspec.json.encode(position))
+    begun(store).follow()
+    assert [line["id"] for line in entered(state / "log")] == ["a", "b"]
+    assert verify(state).returncode == 0, verify(state).stderr
+
+
+def test_no_log_at_all_is_not_a_whole_one(tmp_path):
+    found = verify(tmp_path / "nowhere")
+    assert (found.returncode, "there is no audit log" in found.stderr) == (1, True)
+
+
 def test_nothing_is_entered_twice_when_the_crash_came_before_the_position_was_kept(store, state, audit, begun):
     change(store, "a")
     audit.follow()

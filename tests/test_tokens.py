@@ -272,6 +272,49 @@ def test_one_spoiled_token_does_not_keep_the_others_out(ask, store):
     assert ask("read", "GET", "/sync").status_int == 200
 
 
+def test_a_file_of_tokens_that_cannot_be_read_is_not_written_over(state):
+    tool("token", "add", "laptop", "--scope", "ide", "--state", state)
+    spoiled = (state / "tokens.json").read_text().replace("}", "", 1)
+    (state / "tokens.json").write_text(spoiled)
+    for argv in (["add", "phone", "--scope", "read"], ["revoke", "laptop"]):
+        refused = tool("token", *argv, "--state", state)
+        assert refused.returncode == 1
+        assert "Traceback" not in refused.stderr
+    assert (state / "tokens.json").read_text() == spoiled
+
+
+def test_a_spoiled_token_stays_in_the_file_when_another_is_made(state):
+    tool("token", "add", "laptop", "--scope", "ide", "--state", state)
+    said = json.loads((state / "tokens.json").read_text())
+    (state / "tokens.json").write_text(json.dumps({**said, "typo": {**said["laptop"], "scope": "reed"}}))
+    assert tool("token", "add", "phone", "--scope", "read", "--state", state).returncode == 0
+    assert json.loads((state / "tokens.json").read_text()).keys() == {"laptop", "typo", "phone"}
+
+
+def test_a_revocation_that_a_crash_interrupts_is_completed_by_who_comes_next(store, state, monkeypatch):
+    secret = add(store, "phone", "client").encode()
+    with monkeypatch.context() as crash:
+        crash.setattr(kirosync, "put_in_place", lambda files: (_ for _ in ()).throw(OSError(5, "killed")))
+        with pytest.raises(kirosync.Broken):
+            store.change(lambda pen: pen.entitle("phone", None))
+    keyring = kirosync.Keyring(state, TOKEN)
+    assert keyring.find(secret)
+    kirosync.Store(state, kinds=("commands",)).close()
+    assert keyring.find(secret) is None
+    assert not [*state.glob(".tokens*")]
+
+
+def test_a_new_token_of_an_old_name_was_never_used(service, store):
+    keyring = service.keyring
+    keyring.saw(keyring.find(add(store, "phone", "read").encode()), "192.0.2.1", 5)
+    service.begin(store)
+    service.save_use()
+    assert kirosync.used_in(store.directory)["phone"]["from"] == "192.0.2.1"
+    store.change(lambda pen: pen.entitle("phone", None))
+    service.save_use()
+    assert kirosync.used_in(store.directory) == {}
+
+
 def test_a_token_is_compared_with_all_whichever_it_is(monkeypatch):
     compared = []
     monkeypatch.setattr(kirosync.hmac, "compare_digest", lambda a, b: compared.append(a) or a == b)
@@ -407,6 +450,17 @@ def test_a_token_has_so_many_commands_open_and_no_more(monkeypatch, ask):
     assert ask("ide", "POST", "/command", BASH).status_int == 200
     ask("client", "POST", f"/command/{first}/cancel", {})
     assert ask("client", "POST", "/command", BASH).status_int == 200
+
+
+def test_what_is_known_already_does_not_count_as_one_more(monkeypatch, ask):
+    small(monkeypatch, open=1)
+    pushed = {"commands": {"new": {**BASH, "status": "pending"}}}
+    key = {"Idempotency-Key": "k"}
+    assert ask("client", "POST", "/sync", pushed).status_int == 200
+    assert ask("client", "POST", "/sync", pushed).status_int == 200
+    ask("client", "POST", "/command/new/cancel", {})
+    first = ask("client", "POST", "/command", BASH, **key)
+    assert ask("client", "POST", "/command", BASH, **key).json == first.json
 
 
 def test_a_token_has_so_many_requests_held_and_the_next_is_answered_at_once(monkeypatch, service, store):

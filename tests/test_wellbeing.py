@@ -32,6 +32,7 @@ def test_nobody_takes_commands_when_one_has_waited_for_a_minute_and_no_agent_for
     client.post_json("/command", {**BASH, "target": "builder"})
     clock.now += 61_000
     assert health(client) == "nobody takes commands: 1 wait for agents that are not there"
+    assert client.get("/health", status=503).json["ready"] is True
     client.put_json("/agents/other", AGENT)
     client.put_json("/agents/builder", {"kind": "agent", "types": ["read_file"]})
     assert "nobody takes commands" in health(client)
@@ -50,6 +51,7 @@ def test_a_question_that_waits_for_a_human_is_no_illness(client, clock):
 def test_it_is_unhealthy_before_the_disk_is_full(client, monkeypatch):
     monkeypatch.setattr(kirosync, "LOW_BYTES", 1 << 60)
     assert health(client).startswith("the disk is nearly full: ")
+    assert client.get("/health", status=503).json["ready"] is False
     monkeypatch.undo()
     assert health(client) == ""
     monkeypatch.setattr(kirosync, "LOW_FILES", 1 << 60)
@@ -294,6 +296,51 @@ def test_who_does_not_answer_keeps_nobody_waiting_and_only_so_much_is_kept(store
     notifier.consider([line] * (kirosync.NOTICES + 7))
     assert time.monotonic() - began < 1
     assert (notifier.waiting.qsize(), notifier.counts["dropped"]) == (kirosync.NOTICES, 7)
+
+
+@pytest.fixture
+def accounting(store, receiver):
+    """Begin a service that accounts for what changes, and notifies."""
+    audits = []
+
+    def accounting():
+        service = kirosync.Service(None, kirosync.Keyring(store.directory, TOKEN))
+        audits.append(kirosync.Audit(store, store.directory / "log"))
+        service.begin(store, audits[-1], kirosync.Notifier(store, receiver.url, {"failed"}, 60))
+        return service
+
+    yield accounting
+    for audit in audits:
+        audit.close()
+
+
+def fail(store, name):
+    failed = {"id": name, **BASH, "status": "failed", "outcome": "exit", "createdAt": 1, "updatedAt": 1}
+    store.change(lambda pen: pen.put("commands", name, failed))
+
+
+def test_what_failed_before_the_first_account_is_no_news_and_what_failed_while_nothing_ran_is(store, accounting):
+    fail(store, "old")
+    service = accounting()
+    service.account()
+    assert service.notifier.waiting.qsize() == 0
+    fail(store, "meanwhile")
+    service = accounting()
+    service.account()
+    assert service.notifier.waiting.get_nowait()["commandId"] == "meanwhile"
+
+
+def test_a_human_is_notified_once_also_while_the_audit_log_cannot_be_written(store, accounting, monkeypatch):
+    service = accounting()
+    service.account()
+    fail(store, "a")
+    with monkeypatch.context() as full:
+        full.setattr(service.audit, "append", lambda text: (_ for _ in ()).throw(OSError(28, "No space left")))
+        service.account()
+        service.account()
+    service.account()
+    assert service.notifier.waiting.qsize() == 1
+    assert service.audit.known.seq == 1
 
 
 @pytest.mark.parametrize("setting", [["--notify", "ftp://x"], ["--notify", "ntfy+https://x"], ["--notify-on", "all"]])
