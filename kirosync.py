@@ -1155,6 +1155,8 @@ def notice_of(command: Record, after_s: float) -> tuple[str, Record]:
         "commandId": command["id"],
         **{key: command[key] for key in told if key in command},
     }
+    if asks and "sha256" in command.get("metadata", {}):  # an agent's, which goes on with the command, and its env
+        notice["prompt"] = command["prompt"].partition("\n")[0]
     return event, notice | ({"durationMs": round(took)} if took > 0 else {})
 
 
@@ -3273,6 +3275,7 @@ class Audit:
 
     def append(self, text: bytes) -> None:
         """Add *text* to the log: all of it, or none and OSError."""
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
             size = os.fstat(fd).st_size
@@ -3919,6 +3922,7 @@ def free_name(path: Path) -> Path:
 REMEDIES = {  # what a repair does, in the order in which it does it
     "rebuild": "move it to quarantine, and make it again from the records",
     "take in": "take in what it is now, as a change made by hand; if it is no record, move it to quarantine",
+    "bury": "count it as deleted, for all clients; to have it back, first take it from a backup: tar xzf BACKUP PATH",
     "complete": "complete it, or remove it, as its writer would have",
     "set aside": "move it to quarantine",
     "give": "give it to the owner of the state directory",
@@ -3950,7 +3954,10 @@ class Inspection:
         self.known = {key[:2] for key in self.standing}
 
     def look(self) -> Iterator[Flaw]:
-        """Yield what seems to be wrong anywhere."""
+        """Yield what seems to be wrong anywhere; without a journal there is nothing to hold the rest against."""
+        if not (self.directory / "journal.jsonl").exists():
+            yield from self.judge("journal.jsonl")
+            return
         seen = {"": None, "journal.jsonl": None} | {path: None for path, _ in walk(self.directory)}
         seen |= {f"{kind}/{name_of(identity)}.json": None for kind, identity, op in self.standing if op == "put"}
         work = itertools.chain(self.directory.glob(f"{SNAPSHOT}*"), self.directory.glob(f"{RESTORE}*"))
@@ -3965,7 +3972,7 @@ class Inspection:
             status = os.lstat(self.directory / path)
         except FileNotFoundError:
             gone = place and place.part == "record" and (place.kind, place.identity, "put") in self.standing
-            wanted = [("is missing", "take in")] if gone else []
+            wanted = [("is missing", "bury")] if gone else []
             wanted += [("is missing", "rebuild")] if place and place.part == "journal" else []
         else:
             folder = stat.S_ISDIR(status.st_mode)
@@ -4093,7 +4100,7 @@ def repair(directory: Path) -> list[Flaw]:
     """Do for the state in *directory* what REMEDIES say, by the store's own means; return what is left."""
     flaws = inspect_state(directory)
     set_flaws_aside(directory, [flaw for flaw in flaws if flaw.remedy == "rebuild"])
-    if any(flaw.remedy in ("rebuild", "take in", "complete") for flaw in flaws):
+    if any(flaw.remedy in ("rebuild", "take in", "bury", "complete") for flaw in flaws):
         settle(directory)
     set_flaws_aside(directory, [flaw for flaw in inspect_state(directory) if flaw.remedy == "set aside"])
     for flaw in inspect_state(directory):
@@ -5235,7 +5242,10 @@ class Service:
         """What can be counted and measured, in the text format of Prometheus."""
         bottle.response.content_type = "text/plain; version=0.0.4; charset=utf-8"
         said = self.overview()
-        queue, kinds = said["queue"], collections.Counter((a["kind"], a["present"]) for a in said["agents"].values())
+        queue, kinds = (
+            said["queue"],
+            collections.Counter((a["kind"], str(a["present"]).lower()) for a in said["agents"].values()),
+        )
         free, files = self.store.room()
         entries = {kind: [*self.store.all(kind).values()] for kind in KINDS}
         figures: list[tuple[str, str, Iterable[tuple[Record, float]]]] = [
@@ -6756,7 +6766,7 @@ def add_token(arguments: argparse.Namespace) -> int:
     token |= {"expiresAt": now + round(arguments.expires * 1000)} if arguments.expires else {}
 
     def add(pen: Pen) -> None:
-        known = pen.store.tokens()
+        known = tokens_said(pen.store.directory)
         if arguments.name in known or arguments.name == MASTER:
             raise Conflict(f"there is a token {arguments.name!r} already; revoke it, or choose another name")
         if len(known) >= TOKENS:
@@ -6772,8 +6782,11 @@ def add_token(arguments: argparse.Namespace) -> int:
 
 def revoke_token(arguments: argparse.Namespace) -> int:
     def revoke(pen: Pen) -> None:
-        if arguments.name not in pen.store.tokens():
-            raise NotFound(f"there is no token {arguments.name!r}; those there are: {', '.join(pen.store.tokens())}")
+        known = tokens_said(pen.store.directory)
+        if arguments.name == MASTER:
+            raise NotFound(f"{MASTER!r} is the token of the settings: change KIROSYNC_TOKEN, or replace the file token")
+        if arguments.name not in known:
+            raise NotFound(f"there is no token {arguments.name!r}; those there are: {', '.join(known) or 'none'}")
         pen.entitle(arguments.name, None)
 
     with opened(arguments.state) as store:
@@ -6783,22 +6796,33 @@ def revoke_token(arguments: argparse.Namespace) -> int:
 
 def list_tokens(arguments: argparse.Namespace) -> int:
     """Print the tokens: their names and scopes, and when they were made, expire, and were last used."""
-    state = Path(arguments.state)
+    state = existing_folder(arguments.state)
     used, tokens = used_in(state), tokens_in(state)
     rows = {name: {**without(token, "sha256"), "lastUsed": used.get(name)} for name, token in tokens.items()}
     if MASTER in used or (state / "token").exists():
         rows[MASTER] = {"scope": "admin", "lastUsed": used.get(MASTER)}
     if arguments.json:
         print(msgspec.json.format(msgspec.json.encode(rows), indent=2).decode())
-    for name, row in () if arguments.json else rows.items():
-        expires = f"expires {iso(row['expiresAt'])}" if "expiresAt" in row else "does not expire"
-        last = (
-            f"last used {iso(row['lastUsed']['at'])} from {row['lastUsed']['from']}"
-            if row["lastUsed"]
-            else "never used"
-        )
-        print(f"{name:20} {row['scope']:7} {expires}, {last}")
+    else:
+        print(*itertools.starmap(told_of, rows.items()), sep="\n")
     return 0
+
+
+def told_of(name: str, token: Record) -> str:
+    """Return what `token list` says of a token."""
+    ends, used = token.get("expiresAt", math.inf), token["lastUsed"]
+    expires = (
+        "does not expire" if ends == math.inf else f"expire{'d' if ends <= time.time() * 1000 else 's'} {iso(ends)}"
+    )
+    last = f"last used {iso(used['at'])} from {used['from']}" if used else "never used"
+    return f"{name:20} {token['scope']:7} {expires}, {last}"
+
+
+def existing_folder(state: str) -> Path:
+    """Return the path of *state*; raise NotFound: a slip of the pen is not to make another state."""
+    if not Path(state).is_dir():
+        raise NotFound(f"there is no directory {state}; --state names the one of the service")
+    return Path(state)
 
 
 def check_audit(arguments: argparse.Namespace) -> int:
@@ -6816,7 +6840,8 @@ def check_audit(arguments: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def opened(state: str) -> Iterator[Store]:
     """Give the store of *state*, for what is no record."""
-    with as_owner(Path(state)), contextlib.closing(Store(Path(state), kinds=(), by=console())) as store:
+    folder = existing_folder(state)
+    with as_owner(folder), contextlib.closing(Store(folder, kinds=(), by=console())) as store:
         yield store
 
 
@@ -6958,7 +6983,8 @@ def parser_of(subcommands: Iterable[Subcommand]) -> argparse.ArgumentParser:
     for subcommand in subcommands:
         group, _, word = subcommand.words.rpartition(" ")
         if group not in groups:
-            groups[group] = groups[""].add_parser(group).add_subparsers(required=True, metavar="COMMAND")
+            within = groups[""].add_parser(group, help=f"{group} COMMAND; {group} --help lists them")
+            groups[group] = within.add_subparsers(required=True, metavar="COMMAND")
         shown = argparse.ArgumentDefaultsHelpFormatter
         added = groups[group].add_parser(word, help=subcommand.what, description=subcommand.what, formatter_class=shown)
         for option in (STATE, *subcommand.options):

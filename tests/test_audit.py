@@ -290,6 +290,8 @@ def test_logs_may_be_elsewhere(state, tmp_path, start):
     command = ["kirosync.py", "serve", "--port", "0", "--state", state, "--log", tmp_path / "logs"]
     service = start(Process, *command, environment={"KIROSYNC_TOKEN": TOKEN}, log=tmp_path / "out")
     until(lambda: " on http" in (tmp_path / "out").read_text(), 20)
+    made = [sys.executable, "kirosync.py", "token", "add", "x", "--scope", "read", "--state", state]
+    subprocess.run(made, cwd=ROOT, check=True, capture_output=True)
     assert service.end() == 0
     assert not (state / "log").exists()
     assert (tmp_path / "logs").stat().st_mode & 0o777 == 0o700

@@ -1,11 +1,13 @@
 """Who may ask what, and how much: tokens and their scopes, limits, and who has no token."""
 
+import itertools
 import json
 import re
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import webtest
@@ -47,6 +49,8 @@ def ask(service, store):
 
 
 def tool(*argv, **more):
+    """Run kirosync.py; the state that it is told of is there, as one of a service is."""
+    [Path(value).mkdir(exist_ok=True) for option, value in itertools.pairwise(argv) if option == "--state"]
     argv = [sys.executable, "kirosync.py", *map(str, argv)]
     return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60, **more)
 
@@ -192,6 +196,7 @@ def test_a_token_is_shown_once_and_kept_as_its_hash(state):
         (["add", "x", "--scope", "root"], "invalid choice"),
         (["add", "x", "--scope", "read", "--expires", "soon"], "write 90d, 12h, 30m or 45s"),
         (["revoke", "phone"], "there is no token 'phone'; those there are: laptop"),
+        (["revoke", "master"], "change KIROSYNC_TOKEN, or replace the file token"),
     ],
 )
 def test_what_cannot_be_is_said_in_words_and_changes_nothing(state, argv, said):
@@ -202,6 +207,15 @@ def test_what_cannot_be_is_said_in_words_and_changes_nothing(state, argv, said):
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert (state / "tokens.json").read_text() == before
+
+
+@pytest.mark.parametrize("what", [["add", "x", "--scope", "read"], ["revoke", "x"], ["list"]])
+def test_a_state_that_is_not_there_is_not_made(tmp_path, what):
+    argv = [sys.executable, "kirosync.py", "token", *what, "--state", tmp_path / "slip"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "there is no directory" in done.stderr
+    assert not (tmp_path / "slip").exists()
 
 
 def test_a_running_service_knows_of_a_new_token_and_of_a_revoked_one_at_once(server, state):
@@ -291,10 +305,15 @@ def test_a_spoiled_token_stays_in_the_file_when_another_is_made(state):
     assert json.loads((state / "tokens.json").read_text()).keys() == {"laptop", "typo", "phone"}
 
 
+def killed(files):
+    if files:
+        raise OSError(5, "killed")
+
+
 def test_a_revocation_that_a_crash_interrupts_is_completed_by_who_comes_next(store, state, monkeypatch):
     secret = add(store, "phone", "client").encode()
     with monkeypatch.context() as crash:
-        crash.setattr(kirosync, "put_in_place", lambda files: (_ for _ in ()).throw(OSError(5, "killed")))
+        crash.setattr(kirosync, "put_in_place", killed)
         with pytest.raises(kirosync.Broken):
             store.change(lambda pen: pen.entitle("phone", None))
     keyring = kirosync.Keyring(state, TOKEN)

@@ -99,7 +99,7 @@ def test_metrics_are_what_prometheus_reads(client, clock):
     found = figures(answer.text)
     assert found['kirosync_commands_open{status="pending"}'] == "1"
     assert found["kirosync_oldest_pending_seconds"] == "5.0"
-    assert found['kirosync_agents{kind="agent",present="True"}'] == "1"
+    assert found['kirosync_agents{kind="agent",present="true"}'] == "1"
     assert found['kirosync_requests_total{method="POST",path="/command",status="200"}'] == "1"
     assert found['kirosync_requests_total{method="",path="",status="404"}'] == "1"
     assert found["kirosync_healthy"] == "1"
@@ -230,10 +230,11 @@ def receiver():
 def service(receiver, state, tmp_path, start):
     """Start a service and an agent for it, which tell the receiver what the arguments say."""
 
-    def service(*argv, path="/hook", scheme=""):
+    def service(*argv, path="/hook", scheme="", agent=True):
         environment = {"KIROSYNC_NOTIFY": f"{scheme}{receiver.url}{path}", "KIROSYNC_NOTIFY_TOKEN": "notify-token"}
         server = start(Server, state, tmp_path / "log", *argv, environment=environment)
-        start(Process, "agent.py", "--state", state, "--name", "a", log=tmp_path / "agent")
+        if agent:
+            start(Process, "agent.py", "--state", state, "--name", "a", log=tmp_path / "agent")
         return server
 
     return service
@@ -260,6 +261,18 @@ def test_a_question_and_a_long_command_are_told(service, receiver):
     time.sleep(2.5)
     assert {(body["event"], body["commandId"]) for _, _, body in receiver.got} == {("asked", asked), ("long", long)}
     assert next(body for _, _, body in receiver.got if body["event"] == "asked")["prompt"] == "Red or blue?"
+
+
+def test_of_what_a_policy_asks_neither_command_nor_environment_is_told(service, receiver, tmp_path, start, state):
+    server = service(agent=False)
+    (tmp_path / "policy.toml").write_text("[[ask]]\ncommand = 'rm '\nreason = 'it removes'\n")
+    policy = ["--policy", tmp_path / "policy.toml"]
+    start(Process, "agent.py", "--state", state, "--name", "a", *policy, log=tmp_path / "agent")
+    order = {"type": "execute_bash", "command": "rm -f in-the-command", "env": {"X": "in-the-environment"}}
+    server.ask("POST", "/command", json=order)
+    [(_, _, body)] = until(lambda: receiver.got)
+    assert body["prompt"] == "May a run this? It asks because: it removes"
+    assert "in-the" not in json.dumps(body)
 
 
 def test_ntfy_gets_a_title_and_a_text(service, receiver):
