@@ -304,6 +304,7 @@ AUDIT_S = 1.0  # between looks for what is to be entered in the audit log; the j
 AUDIT_LINES = 10_000  # that are entered at once
 AUDIT_BYTES = 32 << 20  # of a file of it, before another is begun
 AUDIT_FILES = 16  # that are kept beside it: half a GiB, some two million changes
+PATH_CHARACTERS = 300  # of a path in the access log
 ACCESS_BYTES, ACCESS_FILES = 16 << 20, 4  # of the access log, and how many are kept beside it
 NOTICES = 100  # that wait to be sent; more are dropped, which the log and /metrics say
 NOTIFY_S = 10.0  # for one to be sent
@@ -344,6 +345,7 @@ TOKENS = 256  # that may be known: each given one is compared with all
 UNGUESSABLE = 32  # characters of a token that nobody finds by trying
 TRIES_A_S, TRIES = 1 / 6, 10  # without a valid token, from one address: so many at once, and then one in so long
 VISITS_A_S, VISITS = 20, 200  # to what is public, from one address
+PUSHED = 10_000  # records at once: while they are written, some seconds, nobody else can write
 OPEN_PAUSE_S = 10.0  # before who has too many commands open asks again
 LOW_BYTES = 64 << 20  # of the disk: with less left the service says that it is not well
 LOW_FILES = 1000  # that can still be made there, likewise
@@ -422,6 +424,7 @@ INPUT = shape({}, {"data": str, "encoding": Encoding, "offset": Count, "close": 
 ABOUT = {"version": str, "availableCommands": list[str], "workspaceFolders": list[str], "focusedAt": Time}
 AGENT = shape({"kind": AgentKind, "types": list[Name]}, ABOUT)
 AGENT_PATCH = shape({}, {"kind": AgentKind, "types": list[Name], **ABOUT})
+USED = shape({"at": Time, "from": str}, {})  # of a token
 TOKEN = shape({"scope": Scope, "sha256": Digest, "createdAt": Time}, {"expiresAt": Time})
 PUSH = shape({}, {**dict.fromkeys(KINDS, dict[str, Any]), "lastUpdate": Time})
 
@@ -3244,15 +3247,18 @@ class Audit:
     def read(self) -> Iterator[Line]:
         """Yield the changes in the journal that have not been read; of the one before, if it was replaced, first."""
         while True:
+            lines: list[Line] = []
             for raw in self.journal:
                 if not raw.endswith(b"\n"):
                     self.journal.seek(-len(raw), os.SEEK_CUR)
                     break
                 with contextlib.suppress(ValueError):
-                    line = msgspec.json.decode(raw, type=Line)
-                    if line.op in AUDITED and line.revision > self.read_up_to:  # it may be in the next journal too
-                        self.read_up_to = line.revision
-                        yield line
+                    lines.append(msgspec.json.decode(raw, type=Line))
+            restores = [place for place, line in enumerate(lines) if line.op == "restore"]
+            for line in lines[restores[-1] if restores else 0 :]:  # what stands before came with the backup
+                if line.op in AUDITED and line.revision > self.read_up_to:  # it may be in the next journal too
+                    self.read_up_to = line.revision
+                    yield line
             try:
                 if os.path.samestat(os.fstat(self.journal.fileno()), os.stat(self.journal.name)):
                     return
@@ -3315,7 +3321,7 @@ AUDITED = ("put", "delete", "archive", "quarantine", "add", "revoke", "restore")
 
 def said_of(known: Position, line: Line) -> AuditLine:
     """Return what the audit log, which has come as far as *known*, says next, of a *line* of the journal."""
-    by, _, place = line.by.rpartition("@") if "@" in line.by else (line.by, "", "")
+    by, _, place = line.by.partition("@")
     told = (line.kind, line.id, line.op, line.type, line.status, line.outcome, line.sha256)
     return AuditLine(known.seq + 1, known.sha256, line.at, line.revision, by, place, *told)
 
@@ -3422,7 +3428,7 @@ def tokens_in(directory: Path) -> dict[str, Record]:
 def used_in(directory: Path) -> Record:
     """Return when (ms), and from where, each token was last used, by name; a minute may be missing."""
     with contextlib.suppress(FileNotFoundError, Unreadable, Malformed):
-        return check(dict[str, Any], parse(read_file(f"{directory}/used.json")[0]), "")  # type: ignore[no-any-return]
+        return check(dict[str, USED], parse(read_file(f"{directory}/used.json")[0]), "")  # type: ignore
     return {}
 
 
@@ -3527,7 +3533,7 @@ def walk(directory: Path, folder: str = "") -> Iterator[tuple[str, os.DirEntry[s
         if folder or not OUTSIDE.fullmatch(entry.name):
             path = f"{folder}{entry.name}"
             yield path, entry
-            if entry.is_dir(follow_symlinks=folder.count("/") < 2):  # a part may be on another disk
+            if entry.is_dir(follow_symlinks=path in FOLDERS):  # a part may be on another disk
                 yield from walk(directory, f"{path}/")
 
 
@@ -3557,11 +3563,17 @@ def remove_deserted(folders: Iterable[Path]) -> None:
 
 @contextlib.contextmanager
 def as_owner(directory: Path) -> Iterator[None]:
-    """Be, if we are root, who owns *directory* for as long: else a service would find files that it cannot read."""
+    """Be, if we are root, who owns *directory* for as long.
+
+    Else a service would find files that it cannot read, and whoever owns the directory could have us follow a link to
+    what is not theirs.
+    """
     owner = os.stat(directory) if os.path.exists(directory) else None
     if os.geteuid() or not owner or not owner.st_uid:
         yield
         return
+    groups = os.getgroups()
+    os.setgroups([])
     os.setegid(owner.st_gid)
     os.seteuid(owner.st_uid)
     try:
@@ -3569,11 +3581,7 @@ def as_owner(directory: Path) -> Iterator[None]:
     finally:
         os.seteuid(0)
         os.setegid(os.getgid())
-
-
-def lock_of(directory: Path) -> Lock:
-    with as_owner(directory):  # it may have to be made
-        return Lock(directory / ".lock")
+        os.setgroups(groups)
 
 
 def settle(directory: Path) -> None:
@@ -3597,10 +3605,9 @@ class Snapshot:
     def __enter__(self) -> Snapshot:
         if not (self.directory / "journal.jsonl").exists():
             raise NotFound(f"there is no state in {self.directory}")
-        self.lock, self.fd = lock_of(self.directory), -1
+        self.lock, self.fd = Lock(self.directory / ".lock"), -1
         try:
-            with as_owner(self.directory):
-                self._take()
+            self._take()
         except BaseException:
             self.__exit__()
             raise
@@ -3657,20 +3664,22 @@ class Snapshot:
                     member.mtime = int(os.fstat(file.fileno()).st_mtime)
                     tar.addfile(member, file)
 
-    def save(self, path: Path) -> None:
-        """Write it to the file *path*, which is whole from the moment it is there."""
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            with open(fd, "wb") as file:
-                self.pack(file)
-                file.flush()
-                os.fsync(file.fileno())  # contents before name
-            os.rename(aside, path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
-        sync_folder(path.absolute().parent)
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """Give what to write to; it is the file *path*, all of it, when that is done, or else nothing."""
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with open(fd, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # contents before name
+        os.rename(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.absolute().parent)
 
 
 # What a writer did not live to rename: a record or a tombstone, and, by folder, what else is written aside.
@@ -3777,6 +3786,8 @@ def check_backup(folder: Path, paths: Iterable[str]) -> None:
     lines, flaws = read_journal((folder / "journal.jsonl").read_bytes())
     if flaws:
         raise Malformed("journal.jsonl", flaws[0])
+    if any(line.revision > LAST_REVISION // 2 for line in lines):
+        raise Malformed("journal.jsonl", f"has revisions above {LAST_REVISION // 2}, after which too few are left")
     for path, flaw in flaws_in(folder, paths, lines).items():
         raise Malformed(path, flaw)
     for path in paths:
@@ -3808,6 +3819,7 @@ class Restoration:
         self.folder = store.directory / f"{RESTORE}{self.epoch}"
         self.new, self.before = self.folder / "new", self.folder / "before"
         self.ended: list[str] = []  # commands that were open in the backup, and are not any more
+        self.let_in: list[str] = []  # tokens that were in the backup, where there were none
         self.kept = self.before  # where that is which was there before
 
     def take(self, file: IO[bytes]) -> None:
@@ -3841,6 +3853,7 @@ class Restoration:
         if any((state / name).exists() for name in DOORS):  # what was revoked since stays so
             for name in DOORS:
                 (self.new / name).unlink(missing_ok=True)
+        self.let_in = [*tokens_in(self.new), *([MASTER] if (self.new / "token").exists() else [])]
         os.link(state / "journal.jsonl", self.before / "journal.jsonl")
         sync_folders([f"{self.new}/output/", f"{self.new}/", f"{self.before}/", f"{self.folder}/", f"{state}/"])
         os.rename(self.new / "journal.jsonl", state / "journal.jsonl")
@@ -3920,12 +3933,12 @@ def free_name(path: Path) -> Path:
 
 
 REMEDIES = {  # what a repair does, in the order in which it does it
+    "give": "give it to the owner of the state directory, which takes root",
     "rebuild": "move it to quarantine, and make it again from the records",
     "take in": "take in what it is now, as a change made by hand; if it is no record, move it to quarantine",
     "bury": "count it as deleted, for all clients; to have it back, first take it from a backup: tar xzf BACKUP PATH",
     "complete": "complete it, or remove it, as its writer would have",
     "set aside": "move it to quarantine",
-    "give": "give it to the owner of the state directory",
     "close": "let nobody but its owner read it",
     "": "nothing: look at it, and move it back or remove it",
 }
@@ -3948,8 +3961,7 @@ class Inspection:
     def __init__(self, directory: Path) -> None:
         self.directory, self.owner = directory, os.stat(directory).st_uid
         journal = directory / "journal.jsonl"
-        raw = journal.read_bytes() if journal.exists() else b""
-        lines, self.flaws = read_journal(raw)
+        lines, self.flaws = read_journal(read_file(str(journal))[0] if journal.exists() else b"")
         self.standing = standing_of(lines)
         self.known = {key[:2] for key in self.standing}
 
@@ -3975,19 +3987,19 @@ class Inspection:
             wanted = [("is missing", "bury")] if gone else []
             wanted += [("is missing", "rebuild")] if place and place.part == "journal" else []
         else:
-            folder = stat.S_ISDIR(status.st_mode)
-            found = self.folder(path) if folder else PARTS[place.part](self, path, place) if place else self.stray(path)
-            wanted = [*found]
-            if not any(remedy for _, remedy in wanted):
-                wanted += self.doors(path, status)
+            wanted = [*self.found(path, place, status)]
         yield from (Flaw(path, problem, remedy) for problem, remedy in wanted)
 
-    def doors(self, path: str, status: os.stat_result) -> Iterator[tuple[str, str]]:
-        """Yield whether others than its owner may have a hand in *path*."""
-        mode = stat.S_IMODE(status.st_mode)
-        if status.st_uid != self.owner:
+    def found(self, path: str, place: Place | None, status: os.stat_result) -> Iterator[tuple[str, str]]:
+        """Yield what is wrong with what is there, and which remedy is for it."""
+        mode, folder = stat.S_IMODE(status.st_mode), stat.S_ISDIR(status.st_mode)
+        if status.st_uid != self.owner:  # it may not even be possible to look into it
             yield "belongs to another user than the directory", "give"
-        if mode & 0o77 and not stat.S_ISLNK(status.st_mode) and not path.endswith(".lock"):  # a lock holds nothing
+            return
+        look = self.folder(path) if folder else PARTS[place.part](self, path, place) if place else self.stray(path)
+        yield from (wanted := [*look])
+        open_to_others = mode & 0o77 and not stat.S_ISLNK(status.st_mode) and not path.endswith(".lock")
+        if open_to_others and not any(remedy for _, remedy in wanted):  # a lock holds nothing
             yield f"can be used by others, with the mode {mode:04o}", "close"
 
     def folder(self, path: str) -> Iterator[tuple[str, str]]:
@@ -4080,6 +4092,12 @@ PARTS: dict[str, Callable[[Inspection, str, Place], Iterator[tuple[str, str]]]] 
 
 
 def inspect_state(directory: Path) -> list[Flaw]:
+    """Return what is wrong with the state in *directory*, as its owner sees it; see flaws_of."""
+    with as_owner(directory):
+        return flaws_of(directory)
+
+
+def flaws_of(directory: Path) -> list[Flaw]:
     """Return what is wrong with the state in *directory*, sorted by remedy and path; NotFound if none is there.
 
     Only what seemed to be wrong is looked at under the lock, so that nobody is held up.
@@ -4088,7 +4106,7 @@ def inspect_state(directory: Path) -> list[Flaw]:
         raise NotFound(f"there is no state in {directory}")
     flaws = [*Inspection(directory).look()]
     if suspects := dict.fromkeys(flaw.path for flaw in flaws if flaw.remedy):
-        with contextlib.closing(lock_of(directory)) as lock, lock.held():
+        with contextlib.closing(Lock(directory / ".lock")) as lock, lock.held():
             inspection = Inspection(directory)
             again = [flaw for path in suspects for flaw in inspection.judge(path)]
         flaws = [*again, *(flaw for flaw in flaws if flaw.path not in suspects)]
@@ -4098,6 +4116,10 @@ def inspect_state(directory: Path) -> list[Flaw]:
 
 def repair(directory: Path) -> list[Flaw]:
     """Do for the state in *directory* what REMEDIES say, by the store's own means; return what is left."""
+    for flaw in inspect_state(directory):
+        if flaw.remedy == "give":
+            with passed_over("%s", flaw.path):
+                give(directory, flaw.path)
     flaws = inspect_state(directory)
     set_flaws_aside(directory, [flaw for flaw in flaws if flaw.remedy == "rebuild"])
     if any(flaw.remedy in ("rebuild", "take in", "bury", "complete") for flaw in flaws):
@@ -4105,17 +4127,33 @@ def repair(directory: Path) -> list[Flaw]:
     set_flaws_aside(directory, [flaw for flaw in inspect_state(directory) if flaw.remedy == "set aside"])
     for flaw in inspect_state(directory):
         path = directory / flaw.path
-        with passed_over("%s", path):
-            if flaw.remedy == "give":
-                os.chown(path, os.stat(directory).st_uid, os.stat(directory).st_gid, follow_symlinks=False)
-            if flaw.remedy == "close":
+        if flaw.remedy == "close":
+            with as_owner(directory), passed_over("%s", path):
                 os.chmod(path, 0o700 if path.is_dir() else 0o600)
     return inspect_state(directory)
 
 
+def give(directory: Path, path: str) -> None:
+    """Give the file *path* to the owner of *directory*; on the way there no link is followed, and it is no other's."""
+    *folders, name = path.split("/")
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        owner = os.fstat(fd)
+        for folder in folders:
+            inner = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            os.close(fd)
+            fd = inner
+        status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+            raise OSError(errno.EMLINK, "it has another name elsewhere, whose owner may be right")
+        os.chown(name, owner.st_uid, owner.st_gid, dir_fd=fd, follow_symlinks=False)
+    finally:
+        os.close(fd)
+
+
 def set_flaws_aside(directory: Path, flaws: Iterable[Flaw]) -> None:
     """Move what is still as *flaws* say into quarantine, each with the reason."""
-    with contextlib.closing(lock_of(directory)) as lock, lock.held(), as_owner(directory):
+    with as_owner(directory), contextlib.closing(Lock(directory / ".lock")) as lock, lock.held():
         inspection = Inspection(directory)
         for flaw in flaws:
             if flaw in inspection.judge(flaw.path) and os.path.lexists(directory / flaw.path):
@@ -4136,7 +4174,7 @@ def put_aside(directory: Path, flaw: Flaw) -> None:
 def last_moment(directory: Path) -> float:
     """Return when (ms) the last change was made, by the clock of who made it; 0 if there was none."""
     journal = directory / "journal.jsonl"
-    lines, _ = read_journal(journal.read_bytes() if journal.exists() else b"")
+    lines, _ = read_journal(read_file(str(journal))[0] if journal.exists() else b"")
     return max((line.at for line in lines), default=0)
 
 
@@ -4251,6 +4289,8 @@ def check_announcement(kind: Any, said: Record) -> Record:
 def check_push(push: Record) -> Record:
     """Return *push* if every record in it is well formed; raise Malformed naming the record and the field."""
     check(PUSH, push, "")
+    if (count := sum(len(push.get(kind, {})) for kind in KINDS)) > PUSHED:
+        raise TooLarge(f"{count} records were sent, {PUSHED} are possible at once; send them in parts", limit=PUSHED)
     for kind in KINDS:
         for identity, record in push.get(kind, {}).items():
             where = f"{kind}.{identity[:ID_CHARACTERS]}"
@@ -4806,16 +4846,24 @@ def secret_in(authorization: str) -> bytes:
     return text.strip().encode("latin-1", "replace") if scheme.lower() == "bearer" else b""
 
 
+def address_in(text: str) -> str:
+    """Return the address that *text*, which a proxy may have been told by anyone, is; "unknown" if it is none.
+
+    >>> address_in("192.0.2.1"), address_in("x@10.0.0.1")
+    ('192.0.2.1', 'unknown')
+    """
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(text))
+    return "unknown"
+
+
 def household(sender: str) -> str:
     """Return what is counted as one address: of IPv6 the network, of which whoever has one address has all.
 
     >>> household("2001:db8::1"), household("192.0.2.1")
     ('2001:db8::/64', '192.0.2.1')
     """
-    try:
-        return str(ipaddress.ip_network(f"{sender}/64", strict=False)) if ":" in sender else sender
-    except ValueError:
-        return sender
+    return str(ipaddress.ip_network(f"{sender}/64", strict=False)) if ":" in sender else sender
 
 
 class Notifier:
@@ -4829,7 +4877,7 @@ class Notifier:
         self.topic = urllib.parse.urlsplit(url).path.strip("/") if url.startswith("ntfy+") else ""
         self.url = urllib.parse.urljoin(url.removeprefix("ntfy+"), "/") if self.topic else url
         self.headers = {"Content-Type": "application/json", "User-Agent": f"kirosync/{__version__}"}
-        self.headers |= {"Authorization": f"Bearer {token}"} if token else {}
+        self.headers |= {"Authorization": f"Bearer {token.strip()}"} if token else {}
         self.waiting: queue_of.Queue[Record] = queue_of.Queue(NOTICES)
         self.counts = collections.Counter({"sent": 0, "failed": 0, "dropped": 0})
         self.opener = urllib.request.build_opener(NoRedirect)
@@ -4870,8 +4918,10 @@ class Notifier:
                 problem = f"it answers {answer.code}"
                 if answer.code not in (408, 429) and answer.code < 500:  # the same again will not do better
                     break
-            except (OSError, http.client.HTTPException) as error:
-                problem = type(error).__name__ if isinstance(error, http.client.HTTPException) else str(error)
+            except OSError as error:
+                problem = str(error)
+            except (ValueError, http.client.HTTPException) as error:  # whose text may show what was sent
+                problem = type(error).__name__
         host = urllib.parse.urlsplit(self.url).hostname  # no more of it: an address may be a secret
         log.warning("%s was not notified of %s: %s", host, notice["commandId"], problem)
         return False
@@ -5013,7 +5063,7 @@ class Service:
 
     def let_in(self, scopes: Sequence[str]) -> None:
         """Note who asks; raise why they may not ask what *scopes* may."""
-        environ, sender = bottle.request.environ, str(bottle.request.environ.get("REMOTE_ADDR", ""))
+        environ, sender = bottle.request.environ, address_in(str(bottle.request.environ.get("REMOTE_ADDR", "")))
         environ["kirosync.token"] = None
         BY.set(f"nobody@{sender}")
         token = self.gate.admit(header("Authorization"), sender, scopes, time.time_ns() // 1_000_000)
@@ -5035,10 +5085,10 @@ class Service:
             self.counts[request.method if path else "", path, status] += 1
         token, received = request.environ.get("kirosync.token"), max(0, request.content_length)
         self.gate.charge(token, size + received)
-        if access.isEnabledFor(logging.INFO):
+        if access.isEnabledFor(logging.INFO) and (token or status != 429):  # a flood is counted, not written down
             said = {"at": iso(time.time() * 1000), "requestId": bottle.response.get_header("X-Request-Id")}
             said |= {"by": token.name if token else "", "from": request.environ.get("REMOTE_ADDR", "")}
-            said |= {"method": request.method, "path": request.path, "status": status, "bytes": size}
+            said |= {"method": request.method, "path": request.path[:PATH_CHARACTERS], "status": status, "bytes": size}
             said |= {"received": received, "ms": round((time.monotonic() - began) * 1000)}
             access.info(msgspec.json.encode(said).decode())
 
@@ -5349,7 +5399,8 @@ class Service:
     def permit_agent(self, name: str, kind: str | None = None) -> None:
         """Raise Forbidden unless who asks may speak for the agent *name*, as what it is, and as that *kind*."""
         known = self.store.agent(name)
-        for each in {known.said["kind"] if known else None, kind} - {None} or {"agent"}:
+        kinds = {known.said["kind"] if known else None, kind} - {None}
+        for each in kinds or GRANTS[self.asker.scope].announces[:1] or ("agent",):
             self.asker.may(f"speak for an agent of the kind {each}", "announces", str(each))
 
     def check_open(self, more: int) -> None:
@@ -5369,7 +5420,7 @@ class Service:
         key = header("Idempotency-Key")
         if not re.fullmatch(rf"[ -~]{{0,{KEY_CHARACTERS}}}", key):
             raise Malformed("Idempotency-Key", f"must be up to {KEY_CHARACTERS} characters of ASCII")
-        return key
+        return key if self.asker.name == MASTER or not key else f"{self.asker.name}:{key}"  # each has its own
 
     def post_command(self) -> Any:
         """Queue a command: {"commandId", "status": "pending"}. ?wait=SECONDS answers when it has ended.
@@ -5422,8 +5473,11 @@ class Service:
         """
         patch = self.body()
         self.permit("take", "takes", identity)
+        agent = str(patch.get("agent", "")) if GRANTS[self.asker.scope].announces else ""
+        if agent:
+            self.permit_agent(agent)
         changed = self.store.change(lambda pen: report(pen, identity, patch))
-        self.saw(patch.get("agent"))
+        self.saw(agent)
         return without(changed, "id")
 
     def post_cancel(self, identity: str) -> Record:
@@ -6422,6 +6476,7 @@ def settle_in() -> None:
     with contextlib.suppress(ValueError, OSError):  # a connection takes one, and many may be held
         resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     sys.setswitchinterval(SWITCH_S)
+    os.umask(0o077)  # the logs are for their owner
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -6521,13 +6576,12 @@ def go_on(work: Callable[[], None], closing: threading.Event) -> None:
 
 
 def backup(arguments: argparse.Namespace) -> int:
-    with Snapshot(Path(arguments.state)) as snapshot:
-        if arguments.file == "-":
-            snapshot.pack(sys.stdout.buffer)
-            sys.stdout.flush()
-        else:
-            snapshot.save(Path(arguments.file))
-        revision = max(line.revision for line in snapshot.lines())
+    state, kept = Path(arguments.state), arguments.file != "-"
+    with whole_file(Path(arguments.file)) if kept else contextlib.nullcontext(sys.stdout.buffer) as target:
+        with as_owner(state), Snapshot(state) as snapshot:
+            snapshot.pack(target)
+            revision = max(line.revision for line in snapshot.lines())
+        target.flush()
     files, held = len(snapshot.sizes), snapshot.held * 1000
     tell(f"{files} files, up to revision {revision}; others had to wait for {held:.0f} ms")
     return 0
@@ -6542,6 +6596,10 @@ def restore(arguments: argparse.Namespace) -> int:
         restoration = Restoration(store)
         restoration.take(file)
         tell(f"restored; what was there before is in {restoration.kept}")
+        if restoration.let_in:
+            tell(
+                f"there were no tokens here; these came with the backup, and are valid: {', '.join(restoration.let_in)}"
+            )
         if restoration.ended:
             tell(f"ended {len(restoration.ended)} commands that were open: {', '.join(sorted(restoration.ended))}")
     return 0
@@ -6724,7 +6782,7 @@ def examine(case: Case) -> Iterator[Finding]:
         try:
             if always or (case.state / "journal.jsonl").exists():
                 yield from look(case)
-        except (OSError, ValueError, Refusal) as error:
+        except (OSError, ValueError, Unreadable, Refusal) as error:
             yield Finding("bad", f"{name}: could not be looked at: {error}", "see to it that this user may")
 
 
@@ -6752,7 +6810,7 @@ def care(work: Callable[[argparse.Namespace], int], failed: int = 1) -> Callable
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what was begun is cleared away
         try:
             sys.exit(work(arguments))
-        except (Refusal, OSError) as error:
+        except (Refusal, Unreadable, OSError) as error:
             tell(f"{work.__name__.replace('_', ' ')}: {error}")
             sys.exit(failed)
 
@@ -6928,7 +6986,12 @@ SUBCOMMANDS = (
             Option("--execute-timeout", "for what an IDE executes", f"{EXECUTE_S:.0f}", {"type": positive_seconds}),
             LOG,
             PROXY,
-            Option("--notify", "URL to be told of what happens, or ntfy+URL of a topic; none", "", {"type": http_url}),
+            Option(
+                "--notify",
+                "URL to be told of what happens, or ntfy+URL of a topic; none%(default).0s",
+                "",
+                {"type": http_url},
+            ),
             Option("--notify-on", "what it is told of", "asked,failed,long", {"type": event_names}),
             Option(
                 "--notify-after", "s of running, which is long", f"{NOTIFY_AFTER_S:.0f}", {"type": positive_seconds}

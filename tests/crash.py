@@ -163,8 +163,8 @@ def work_and_stop(number, work):
 
 
 def back_up(state, file):
-    with kirosync.Snapshot(state) as snapshot:
-        snapshot.save(file)
+    with kirosync.whole_file(file) as target, kirosync.Snapshot(state) as snapshot:
+        snapshot.pack(target)
 
 
 def restore(state, file):

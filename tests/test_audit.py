@@ -296,3 +296,12 @@ def test_logs_may_be_elsewhere(state, tmp_path, start):
     assert not (state / "log").exists()
     assert (tmp_path / "logs").stat().st_mode & 0o777 == 0o700
     assert verify(state, "--log", tmp_path / "logs").returncode == 0
+
+
+def test_a_stranger_cannot_fill_the_access_log(server, state):
+    for number in range(30):
+        server.ask("GET", "/" + "x" * 5000, headers={"Authorization": f"Bearer {number}"})
+    lines = [json.loads(line) for line in (state / "log" / "access.log").read_text().splitlines()]
+    assert len(lines) == kirosync.TRIES
+    assert max(len(line["path"]) for line in lines) == kirosync.PATH_CHARACTERS
+    assert (state / "log" / "access.log").stat().st_mode & 0o777 == 0o600

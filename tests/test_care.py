@@ -883,3 +883,108 @@ def test_the_file_system_is_that_of_the_innermost_mount(kind):
     assert kirosync.mount_of(Path("/srv/my state/deep"), mounts) == kind
     assert kirosync.mount_of(Path("/srv/my"), mounts) == "tmpfs"
     assert kirosync.mount_of(Path("/home"), mounts) == "ext4"
+
+
+# What root does for the owner of a state, who may be hostile
+
+NOBODY = 65534
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can do what others cannot")
+
+
+@pytest.fixture
+def theirs():
+    """A state that belongs to another user, in a folder that all can reach."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        os.chmod(folder, 0o755)
+        state = Path(folder) / "state"
+        store = kirosync.Store(state)
+        push(store, documents={"d": document("x")})
+        store.close()
+        for path in (state, *state.rglob("*")):
+            os.chown(path, NOBODY, NOBODY)
+        yield state
+
+
+@pytest.fixture
+def secret(theirs):
+    """A file that only root can read, in a folder of root's."""
+    file = theirs.parent / "roots" / "secret"
+    file.parent.mkdir(mode=0o700)
+    file.write_text("only-root-knows")
+    file.chmod(0o600)
+    return file
+
+
+@as_root
+def test_a_repair_by_root_gives_nothing_away_that_a_link_points_to(theirs, secret):
+    (theirs / "quarantine" / "a").symlink_to(secret.parent)
+    (theirs / "quarantine" / "b").symlink_to(secret)
+    (theirs / "documents" / "link.json").symlink_to(secret)
+    os.link(secret, theirs / "quarantine" / "hard")
+    fsck(theirs, "--repair")
+    assert [os.stat(path).st_uid for path in (secret, secret.parent)] == [0, 0]
+    assert secret.stat().st_mode & 0o777 == 0o600
+
+
+@as_root
+def test_a_backup_by_root_holds_nothing_that_its_owner_cannot_read(theirs, secret):
+    (theirs / "quarantine" / "a").symlink_to(secret)
+    (theirs / "quarantine" / "b").symlink_to(secret.parent)
+    ran = care("backup", "--state", theirs, secret.parent / "backup.tar.gz")
+    assert b"only-root-knows" not in gzip.decompress(
+        care("backup", "--state", theirs, "-").stdout or gzip.compress(b"")
+    )
+    assert ran.returncode == 1 or b"only-root-knows" not in gzip.decompress(
+        (secret.parent / "backup.tar.gz").read_bytes()
+    )
+    assert b"Traceback" not in ran.stderr
+
+
+@as_root
+def test_root_writes_a_backup_where_only_root_can(theirs, secret):
+    ran = care("backup", "--state", theirs, secret.parent / "backup.tar.gz")
+    assert ran.returncode == 0, ran.stderr
+    assert (secret.parent / "backup.tar.gz").stat().st_uid == 0
+    assert "documents/d.json" in names_in(secret.parent / "backup.tar.gz")
+
+
+@as_root
+def test_what_root_has_left_in_a_state_is_given_to_its_owner(theirs):
+    for name, mode in (("readable", 0o644), ("closed", 0o600)):
+        path = theirs / "documents" / f"{name}.json"
+        path.write_text('{"content": "by root"}')
+        path.chmod(mode)
+    assert {flaw["problem"] for flaw in fsck(theirs)[1]["found"]} == {"belongs to another user than the directory"}
+    assert fsck(theirs, "--repair")[1]["left"] == []
+    assert {path.stat().st_uid for path in (theirs / "documents").iterdir()} == {NOBODY}
+
+
+@as_root
+def test_no_lock_of_roots_is_left_in_a_state_of_others(theirs):
+    (theirs / ".lock").unlink()
+    (theirs / "documents" / "d.json").chmod(0o644)
+    fsck(theirs)
+    assert (theirs / ".lock").stat().st_uid == NOBODY
+
+
+def test_what_a_backup_says_of_the_past_is_not_entered_in_the_audit_log(store, state):
+    push(store, documents={"d": document("x")})
+    audit = kirosync.Audit(store, state / "log")
+    audit.follow()
+
+    def forged(members):
+        line = '{"revision":900,"at":1,"lastUpdate":1,"kind":"tokens","id":"x","op":"add","by":"alice@192.0.2.6"}\n'
+        return [(name, text + line.encode() if name == "journal.jsonl" else text) for name, text in members]
+
+    file = backed_up(state)
+    with tarfile.open(file) as tar:
+        members = forged([(each.name, tar.extractfile(each).read()) for each in tar.getmembers()])
+    with tarfile.open(file, "w:gz") as tar:
+        for name, text in members:
+            tar.addfile(member(name, text)[0], io.BytesIO(text))
+    restored(state, file)
+    audit.follow()
+    audit.close()
+    lines = [json.loads(line) for line in (state / "log" / "audit.jsonl").read_text().splitlines()]
+    assert [line["op"] for line in lines if line["kind"] in ("tokens", "state")] == ["restore"]
+    assert "alice" not in (state / "log" / "audit.jsonl").read_text()

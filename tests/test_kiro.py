@@ -500,7 +500,7 @@ def test_everything_of_kiro_wants_a_token(server):
 def test_health_tells_more_to_who_brings_a_token(server, ide):
     ask_human(server)
     public = requests.get(f"{server.url}/health", timeout=10).json()
-    assert public.keys() == {"status", "timestamp", "server"}
+    assert public.keys() == {"status", "ready", "timestamp", "server"}
     said = server.ask("GET", "/health").json()
     assert said["queue"].keys() == {"pending", "processing", "oldestPendingMs"}
     assert (said["queue"]["pending"], said["queue"]["processing"]) == (1, 0)

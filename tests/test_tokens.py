@@ -496,3 +496,42 @@ def test_a_command_says_who_queued_it_whatever_is_sent(ask):
     assert ask("read", "GET", f"/command/{identity}").json["queuedBy"] == "client"
     ask("ide", "POST", "/sync", {"commands": {"new": {**BASH, "status": "pending", "queuedBy": "client"}}})
     assert ask("read", "GET", "/command/new").json["queuedBy"] == "ide"
+
+
+def test_a_push_has_so_many_records_and_no_more(ask, monkeypatch):
+    monkeypatch.setattr(kirosync, "PUSHED", 2)
+    documents = {f"d{number}": {"content": "x", "timestamp": 1} for number in range(3)}
+    answer = ask("client", "POST", "/sync", {"documents": documents})
+    assert answer.status_int == 413
+    assert answer.json["error"] == "3 records were sent, 2 are possible at once; send them in parts"
+    del documents["d0"]
+    assert ask("client", "POST", "/sync", {"documents": documents}).status_int == 200
+
+
+def test_each_token_has_idempotency_keys_of_its_own(ask):
+    key = {"Idempotency-Key": "k"}
+    mine = ask("client", "POST", "/command", BASH, **key).json["commandId"]
+    theirs = ask("ide", "POST", "/command", BASH, **key).json["commandId"]
+    assert mine != theirs
+    assert ask("agent", "POST", "/command", ASK, **key).status_int == 200
+    assert ask("client", "POST", "/command", BASH, **key).json["commandId"] == mine
+
+
+def test_nobody_but_an_agent_makes_an_agent_be_seen(ask, clock):
+    ask("ide", "PUT", "/agents/window", {"kind": "ide", "types": ["kiro_command"]})
+    clock.now += 16_000
+    for scope in ("client", "agent"):
+        identity = ask("client", "POST", "/command", ASK if scope == "client" else BASH).json["commandId"]
+        status = "completed" if scope == "client" else "processing"
+        ask(scope, "PATCH", f"/command/{identity}", {"status": status, "agent": "window", "result": {"value": "yes"}})
+        assert ask("read", "GET", "/agents").json["agents"]["window"]["present"] is False
+
+
+def test_what_a_proxy_was_told_is_an_address_or_unknown(state, tmp_path, start):
+    behind = start(Server, state, tmp_path / "log", "--trusted-proxy", "127.0.0.1")
+    for told in ("x@10.0.0.1", "a b", "10.0.0.1"):
+        behind.ask("POST", "/command", json=BASH, headers={"X-Forwarded-For": told})
+    log = state / "log" / "audit.jsonl"
+    lines = until(lambda: log.exists() and len(found := log.read_text().splitlines()) == 3 and found)
+    said = [(line["by"], line["from"]) for line in map(json.loads, lines)]
+    assert said == [("master", "unknown"), ("master", "unknown"), ("master", "10.0.0.1")]

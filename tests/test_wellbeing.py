@@ -362,3 +362,21 @@ def test_a_setting_that_cannot_be_is_said(setting, state):
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False, timeout=30)
     assert done.returncode == 2
     assert f"argument {setting[0]}" in done.stderr
+
+
+def test_a_notify_token_reaches_no_log(store, receiver, caplog, monkeypatch):
+    monkeypatch.setattr(kirosync, "NOTIFY_PAUSES_S", (0.0,))
+    notice = {"event": "failed", "commandId": "c", "type": "execute_bash"}
+    assert kirosync.Notifier(store, receiver.url, {"failed"}, 60, "from-a-file\r\n").insist(notice)
+    assert receiver.got[0][1]["Authorization"] == "Bearer from-a-file"
+    assert not kirosync.Notifier(store, receiver.url, {"failed"}, 60, "in\rthe-middle").insist(notice)
+    assert "the-middle" not in caplog.text
+    assert "127.0.0.1 was not notified of c: ValueError" in caplog.text
+
+
+def test_the_address_to_notify_is_not_shown_by_help():
+    environment = {**os.environ, "KIROSYNC_NOTIFY": "https://hooks.example.org/secret-part"}
+    argv = [sys.executable, "kirosync.py", "serve", "--help"]
+    shown = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "--notify " in shown
+    assert "secret-part" not in shown
