@@ -87,7 +87,7 @@ MAY = {  # what the promise is, written down apart from the tables of the servic
 }
 MAY["client"] = MAY["read"] | {"POST /sync", "POST /command", "POST /command/ID/cancel", "POST /command/ID/input"}
 MAY["client"] |= {"DELETE /KIND/ID", "POST /api/kiro/execute", "POST /api/kiro/input"}
-MAY["ide"] = MAY["client"]
+MAY["ide"] = MAY["client"] | {"PATCH /agents/ID", "DELETE /agents/ID"}  # of windows; there is none here
 MAY["admin"] = set(CALLS)
 
 
