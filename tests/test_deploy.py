@@ -627,7 +627,7 @@ def test_an_upgrade_that_is_ended_before_it_proved_healthy_goes_back(machine, na
     )
     upgrade += "; os.execv('./install.sh', ['install.sh', 'upgrade'])"  # where & of bash has it ignore INT
     ran = machine.call(
-        f"""cd /root/mute && VENV=/root/venv /usr/bin/python3 -c "$1" & upgrade=$!
+        f"""cd /root/mute; VENV=/root/venv /usr/bin/python3 -c "$1" & upgrade=$!
         for _ in {{1..500}}; do [ "$(readlink /opt/kirosync/current)" != "$2" ] && break; sleep 0.1; done
         sleep 1; kill -{name} $upgrade; wait $upgrade""",
         upgrade,
