@@ -17,6 +17,7 @@
 #   ./install.sh rollback              back to the release before
 #   ./install.sh status                what is installed, and whether it is healthy
 #   ./install.sh admin ARGS            kirosync.py ARGS on the installed state, as its user: admin token add phone ...
+#                                      That user reaches no files of yours: admin backup - >FILE, admin restore - <FILE
 #   ./install.sh uninstall [--purge]   takes it away, but for settings, state and logs; --purge (which asks, or wants
 #                                      --yes) takes those, too
 #
@@ -90,9 +91,13 @@ urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeo
 PY
 }
 
+# Run $@ away from the terminal: Ctrl-C and a terminal that is closed are for install.sh alone, which ends it once and in
+# peace. Should install.sh be killed, it is ended all the same.
+apart() { exec setsid setpriv --pdeathsig TERM "$@" </dev/null; }
+
 # End the processes that run_both started, and wait for them.
 end_both() {
-  trap - EXIT INT TERM
+  trap - EXIT HUP INT TERM
   kill "${pids[@]}" 2>/dev/null || true
   wait "${pids[@]}" 2>/dev/null || true
 }
@@ -102,14 +107,14 @@ run_both() {
   ensure_venv requirements.txt
   pids=()
   trap end_both EXIT
-  trap 'end_both; exit 0' INT TERM
-  .venv/bin/python kirosync.py serve --host "$host" --port "$port" --state "$state" &
+  trap 'end_both; exit 0' HUP INT TERM
+  apart .venv/bin/python kirosync.py serve --host "$host" --port "$port" --state "$state" &
   pids+=($!)
   until answers "$host" "$port" "$state"; do
     kill -0 "${pids[0]}" 2>/dev/null || fail "the service did not start; see above"
     sleep 0.1
   done
-  env -u KIROSYNC_TOKEN .venv/bin/python agent.py --state "$state" &
+  apart env -u KIROSYNC_TOKEN .venv/bin/python agent.py --state "$state" &
   pids+=($!)
   secret="\$(cat '$state/token')"
   if [ -n "${KIROSYNC_TOKEN:-}" ]; then secret="\$KIROSYNC_TOKEN"; fi
@@ -138,8 +143,19 @@ on_server() {
   places
   [ -n "$root" ] || [ "$(id -u)" = 0 ] || fail "this wants root: sudo ./install.sh $command"
   [ "$command" = install ] || [ -d "$etc" ] || fail "kirosync is not installed here"
+  unfinished='' admin_token=''
+  trap leave EXIT
   "$command"
   if [ -n "$dry_run" ]; then echo "This was a dry run: nothing of it was done."; fi
+}
+
+# However this ends: what is not finished goes, and a token that was made is shown, for nobody else knows it.
+leave() {
+  if [ -z "$dry_run" ]; then rm -rf "$unfinished"; fi
+  if [ -z "$admin_token" ]; then return; fi
+  echo "The service is at http://$address${domain:+, and for others at https://$domain}."
+  echo "The token of its admin, shown this once:"
+  echo "$admin_token"
 }
 
 # Run the installed kirosync.py with $@, as the service's user and on its state.
@@ -201,10 +217,13 @@ choice() {
   if [ -n "${chosen[$1]+set}" ]; then echo "${chosen[$1]}"; else setting install.conf "$1" "$2"; fi
 }
 
+# Print what the file $1 of the settings says, without the quotes that systemd takes off.
+settings() { sed -E "s/^([A-Za-z_-]+=)([\"'])(.*)\2\s*$/\1\3/" "$etc/$1" 2>/dev/null || true; }
+
 # Print what the file $1 of the settings says of $2, or else $3.
 setting() {
   local line
-  if line=$(grep -s "^$2=" "$etc/$1" | tail -n 1); then echo "${line#*=}"; else echo "$3"; fi
+  if line=$(settings "$1" | grep "^$2=" | tail -n 1); then echo "${line#*=}"; else echo "$3"; fi
 }
 
 # Settle what is chosen and set, for all that follows.
@@ -340,6 +359,7 @@ install() {
   ensure_settings
   ensure_release
   ensure_agent_token
+  ensure_admin_token
   take_over
   ensure_caddy
   ensure_few_releases
@@ -438,7 +458,6 @@ ensure_release() {
   if [ -n "$old" ] && is_same_code "$here" "$code/releases/$old" && "$code/current/.venv/bin/python" -c ''; then return; fi
   release=$(($(releases | tail -n 1) + 1))
   unfinished=$code/releases/$release
-  if [ -z "$dry_run" ]; then trap 'rm -rf "$unfinished"' EXIT; fi
   change "make release $release in $unfinished, with a venv of its own" make_release
   change "try it on a state of its own, as kirosync" try_release
   if [ -n "$old" ]; then back_up; fi
@@ -494,29 +513,54 @@ put_agent_token() {
   put "$etc/agent.token" 400 "$(with_group "$agent_user")" "$token"
 }
 
-who_has_tokens() { in_release "$release" token list --json | grep -o '^  "[^"]*": {' || true; }
-
-# Run the kirosync.py of release $1 with ${@:2}, as the service's user and on its state.
-in_release() {
-  local folder=$code/releases/$1
-  as kirosync env KIROSYNC_STATE="$root$state" KIROSYNC_LOG="$root$log" \
-    "$folder/.venv/bin/python" "$folder/kirosync.py" "${@:2}"
+# Have a token for a human before the service starts for the first time: it would make one itself, and keep that in a file.
+ensure_admin_token() {
+  if [ -n "$dry_run$old" ] || [[ ! $(who_has_tokens) =~ ^(\ *\"agent\":\ \{)?$ ]]; then return; fi # or others can ask already
+  admin_token=$(in_release "$release" token add admin --scope admin 2>/dev/null) || fail "no token could be made for an admin"
 }
 
-# Make $release the one that runs; if it does not become healthy, give $old back and fail.
+who_has_tokens() { in_release "$release" token list --json | grep -o '^  "[^"]*": {' || true; }
+
+# Run the kirosync.py of release $1 with ${@:2}, as the service's user, on its state and with its settings. Those come
+# through a pipe: a secret among them is not for all who look at the arguments of processes.
+in_release() {
+  local folder=$code/releases/$1
+  # shellcheck disable=SC2016
+  as kirosync bash -c 'unset ${!KIROSYNC_*}; while read -ru 3 line; do export "$line"; done; exec "$@" 3<&-' - \
+    "$folder/.venv/bin/python" "$folder/kirosync.py" "${@:2}" 3< <(service_settings)
+}
+
+service_settings() {
+  settings kirosync.env | grep -E '^KIROSYNC_[A-Z_]+=' || true
+  echo "KIROSYNC_STATE=$root$state"
+  echo "KIROSYNC_LOG=$root$log"
+}
+
+# Make $release the one that runs; if it does not become healthy, give $old back and fail. So it is, too, if this is to
+# end before that is known, be it by Ctrl-C or for want of a terminal: what nobody has seen work is not left running.
 take_over() {
+  made=$unfinished
+  unfinished='' # it may be the one that runs
+  trap 'give_back "this was ended before release $release proved healthy"' HUP INT PIPE TERM
   if activate "$release"; then
-    trap - EXIT
+    trap - HUP INT PIPE TERM
     return
   fi
   say_why >&2
-  if [ -z "$old" ] || [ "$old" = "$release" ]; then
-    trap - EXIT
-    fail "the service or the agent is not healthy; what they said is above"
-  fi
-  echo "release $release is not healthy: back to release $old"
-  activate "$old" || fail "release $old is not healthy either: systemctl status kirosync kirosync-agent"
-  fail "release $release was not healthy, see above; release $old runs again, state and settings are as they were"
+  give_back "the service or the agent is not healthy; what they said is above"
+}
+
+# Have $old run again, for the reason $1, and fail.
+give_back() {
+  trap '' HUP INT PIPE TERM
+  set +e # there may be no terminal any more to say anything at
+  if [ -z "$old" ] || [ "$old" = "$release" ]; then fail "$1"; fi
+  echo "$1: back to release $old"
+  activate "$old"
+  local again=$?
+  if [ "$(current)" != "$release" ]; then rm -rf "$made"; fi
+  [ $again = 0 ] || fail "release $old is not healthy either: systemctl status kirosync kirosync-agent"
+  fail "release $release was not taken, see above; release $old runs again, state and settings are as they were"
 }
 
 # Have release $1 in its place, with its units, and running; return whether it is healthy.
@@ -567,21 +611,28 @@ ensure_stopped() {
   if [ -d "$units/$1.service.d" ] && [ -z "$(ls -A "$units/$1.service.d")" ]; then ensure_gone "$units/$1.service.d"; fi
 }
 
-# Wait until the service is healthy; give up when it has ended, or after a minute.
+# Wait until the service is ready; give up when it has ended, or after a minute.
 becomes_healthy() {
   local end=$((SECONDS + 60))
-  until is_healthy; do
+  until is_ready >/dev/null; do
     systemctl is-active --quiet kirosync && [ $SECONDS -lt $end ] || return 1
     sleep 0.2
   done
   [ "$agent" = none ] || { sleep 1 && systemctl is-active --quiet kirosync-agent; }
 }
 
-is_healthy() {
+# Say whether the service itself can work, and print its problem: that may also be one which no release can help, such as
+# a command that waits for an agent far away. Older releases tell no difference.
+is_ready() {
   "$code/current/.venv/bin/python" - "http://$address/health" <<'PY' 2>/dev/null
-import json, sys, urllib.request
-answer = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(sys.argv[1], timeout=5)
-sys.exit(json.load(answer)["status"] != "healthy")
+import json, sys, urllib.error, urllib.request
+try:
+    answer = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(sys.argv[1], timeout=5)
+except urllib.error.HTTPError as refusal:
+    answer = refusal
+health = json.load(answer)
+print(health.get("problem", ""))
+sys.exit(not health.get("ready", health["status"] == "healthy"))
 PY
 }
 
@@ -632,17 +683,12 @@ ensure_few_releases() {
   done
 }
 
-# Say what is left for a human to do, and at the first time the token to begin with.
+# Say what is left for a human to do.
 say_how_to_go_on() {
   if [ -n "$dry_run" ]; then return; fi
   if ! has_systemd && [ "$changes" -gt 0 ]; then
     echo "There is no systemd here to start and restart it. Have your supervisor run, as root (it gives that up at once):"
     command_lines
-  fi
-  if [[ $(who_has_tokens) =~ ^(\ *\"agent\":\ \{)?$ ]]; then # nobody else could ask anything
-    echo "The service is at http://$address${domain:+, and for others at https://$domain}."
-    echo "The token of its admin, shown this once:"
-    in_release "$release" token add admin --scope admin 2>/dev/null
   fi
 }
 
@@ -669,16 +715,17 @@ status() {
   echo "settings  /etc/kirosync"
   echo "state     $state"
   echo "logs      $log$(has_systemd && echo ", journalctl -u kirosync -u kirosync-agent")"
-  [ "$health" != "not healthy" ]
+  [[ $health != "not healthy"* ]]
 }
 
 health() {
+  local problem
   if ! is_machine; then
     echo "not asked, for DESTDIR is no machine"
-  elif is_healthy; then
-    echo "healthy"
+  elif problem=$(is_ready); then
+    echo "${problem:+ready, but }${problem:-healthy}"
   else
-    echo "not healthy"
+    echo "not healthy${problem:+: $problem}"
   fi
 }
 

@@ -162,7 +162,7 @@ def test_a_dry_run_says_all_that_is_done_and_touches_nothing(empty):
 
 
 def test_an_upgrade_keeps_state_and_settings_and_a_rollback_goes_back(installed):
-    (installed.root / "var/lib/kirosync/documents/a.json").write_text("{}")
+    (installed.root / "var/lib/kirosync/documents/a.json").write_text('{"content": "kept", "timestamp": 1}')
     settings = installed.root / "etc/kirosync/kirosync.env"
     settings.write_text(settings.read_text().replace("3001", "4001") + "KIROSYNC_EXECUTE_TIMEOUT=60\n")
     kept = (settings.read_text(), installed.text("etc/kirosync/agent.token"))
@@ -171,12 +171,24 @@ def test_an_upgrade_keeps_state_and_settings_and_a_rollback_goes_back(installed)
     assert installed.release() == "2"
     assert "# changed" in installed.text("opt/kirosync/current/agent.py")
     assert (settings.read_text(), installed.text("etc/kirosync/agent.token")) == kept
-    assert (installed.root / "var/lib/kirosync/documents/a.json").exists()
+    assert json.loads(installed.text("var/lib/kirosync/documents/a.json"))["content"] == "kept"
     assert "--server http://127.0.0.1:4001 " in installed.text("etc/systemd/system/kirosync-agent.service")
     installed.does("rollback")
     assert installed.release() == "1"
     assert "# changed" not in installed.text("opt/kirosync/current/agent.py")
     assert "there is no release before 1" in installed.refuses("rollback")
+
+
+def test_admin_has_the_settings_of_the_service_and_none_of_the_caller(installed):
+    with (installed.root / "etc/kirosync/kirosync.env").open("a") as settings:
+        settings.write('KIROSYNC_TRUSTED_PROXY=one or  two\nKIROSYNC_NOTIFY_ON="asked,long"\n')
+        settings.write("KIROSYNC_PORT=4001\n#KIROSYNC_HOST=commented")
+    said = installed.does("admin", "serve", "--help", COLUMNS="500", KIROSYNC_THREADS="77", KIROSYNC_PORT="5001")
+    shown = re.findall(r"\(default: (.*?)\)", " ".join(said.split()))
+    assert {"4001", "one or two", "asked,long", "127.0.0.1"} < set(shown)
+    assert {f"{installed.root}/var/lib/kirosync", f"{installed.root}/var/log/kiro-sync"} < set(shown)
+    assert not {"77", "5001"} & set(shown)
+    assert "admin backup - >" in installed.does("help")
 
 
 def test_the_last_three_releases_are_kept(installed):
@@ -484,6 +496,43 @@ def test_service_and_agent_run_as_users_that_cannot_read_each_other(machine):
     assert owners.splitlines() == ["kirosync:kirosync 700", "kirosync-agent:kirosync-agent 400", "root:root 644"]
 
 
+def says_health(code, **said):
+    """A program that answers /health on the port of the service, in its place."""
+    body = json.dumps(said)
+    return f"""import http.server
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response({code})
+        self.end_headers()
+        self.wfile.write({body!r}.encode())
+http.server.HTTPServer(("127.0.0.1", 3001), Health).serve_forever()"""
+
+
+UNTAKEN = {"status": "unhealthy", "problem": "nobody takes commands"}
+
+
+@pytest.mark.parametrize(
+    ("health", "code", "shown"),
+    [
+        (says_health(503, **UNTAKEN, ready=True), 0, "ready, but nobody takes commands"),
+        (says_health(503, status="unhealthy", problem="starting", ready=False), 1, "not healthy: starting"),
+        (says_health(503, status="unhealthy", problem="starting"), 1, "not healthy: starting"),
+        (says_health(200, status="healthy"), 0, "healthy"),
+        (says_health(500), 1, "not healthy"),
+    ],
+)
+def test_what_no_release_can_help_does_not_count_against_one(machine, health, code, shown):
+    ran = machine.call(
+        f"""systemctl stop kirosync; /usr/bin/python3 -c "$1" 2>/dev/null & other=$!
+        for _ in {{1..100}}; do curl -s -o /dev/null {HERE}/health && break; sleep 0.1; done
+        {INSTALL} status; code=$?; kill $other; wait $other; systemctl restart kirosync; exit $code""",
+        health,
+    )
+    assert f"service   {shown}, http://127.0.0.1:3001" in ran.stdout
+    assert ran.returncode == code
+    until(lambda: machine.call(f"{INSTALL} status").returncode == 0, 15, 0.2)
+
+
 def test_to_install_again_on_a_machine_restarts_nothing(machine):
     pids = machine.does("cat /run/units/*.pid")
     assert machine.does(f"{INSTALL} install") == "  nothing: all is as it should be\n"
@@ -517,6 +566,10 @@ def test_tokens_are_made_on_the_installed_state(machine):
     assert machine.does(asked) == "200"
     machine.does(f"{INSTALL} admin token revoke phone")
     assert machine.does(asked) == "401"
+
+
+def test_a_backup_comes_through_a_pipe(machine):
+    machine.does(f"{INSTALL} admin backup - >/root/backup.tar.gz && tar -tzf /root/backup.tar.gz >/dev/null")
 
 
 def test_a_changed_setting_restarts_what_it_is_for(machine):
@@ -554,13 +607,40 @@ def test_a_release_that_fails_only_in_its_place_is_rolled_back(machine):
     ran = machine.call("cd /root/broken && VENV=/root/venv ./install.sh upgrade")
     assert ran.returncode == 1
     assert "cannot read this state" in ran.stderr
-    assert re.search(r"release 3 was not healthy, see above; release 2 runs again", ran.stderr)
+    assert re.search(r"release 3 was not taken, see above; release 2 runs again", ran.stderr)
     assert before == machine.does(
         "readlink /opt/kirosync/current; cat /etc/systemd/system/kirosync*.service /etc/kirosync/*"
     )
     assert not machine.call("ls /opt/kirosync/releases/3").stdout
     assert run_on(machine, "echo works") == "works\n"
     assert '"kept"' in machine.does(f"{ASK} ask {HERE}/sync")
+
+
+@pytest.mark.parametrize("name", ["HUP", "INT", "PIPE", "TERM"])
+def test_an_upgrade_that_is_ended_before_it_proved_healthy_goes_back(machine, name):
+    before = machine.does("readlink /opt/kirosync/current; cat /etc/systemd/system/kirosync*.service /etc/kirosync/*")
+    machine.does("rm -rf /root/mute && cp -r /root/checkout /root/mute")
+    defect = 'if "/lib/" in __import__("os").environ.get("KIROSYNC_STATE", ""): __import__("time").sleep(3600)'
+    machine.does('sed -i "/^from __future__/a $1" /root/mute/kirosync.py', defect)
+    upgrade = (
+        "import signal, os; signal.signal(signal.SIGINT, signal.SIG_DFL); signal.signal(signal.SIGPIPE, signal.SIG_DFL)"
+    )
+    upgrade += "; os.execv('./install.sh', ['install.sh', 'upgrade'])"  # where & of bash has it ignore INT
+    ran = machine.call(
+        f"""cd /root/mute; VENV=/root/venv /usr/bin/python3 -c "$1" & upgrade=$!
+        for _ in {{1..500}}; do [ "$(readlink /opt/kirosync/current)" != "$2" ] && break; sleep 0.1; done
+        sleep 1; kill -{name} $upgrade; wait $upgrade""",
+        upgrade,
+        before.split()[0],
+    )
+    assert ran.returncode == 1, ran.stdout + ran.stderr
+    said = re.search(r"this was ended before release (\d+) proved healthy: back to release (\d+)", ran.stdout)
+    assert before == machine.does(
+        "readlink /opt/kirosync/current; cat /etc/systemd/system/kirosync*.service /etc/kirosync/*"
+    )
+    assert said[1] not in machine.does("ls /opt/kirosync/releases").split()
+    assert f"release {said[2]} runs again" in ran.stderr
+    assert run_on(machine, "echo works") == "works\n"
 
 
 def test_a_rollback_runs_the_release_before(machine):
@@ -619,6 +699,14 @@ def test_uninstall_on_a_machine_ends_what_runs_and_purge_takes_the_users(machine
     assert machine.does("ls /var/lib/kirosync/tokens.json /etc/kirosync/agent.token; id -un kirosync")
     machine.does(f"{INSTALL} install && {INSTALL} status")
     assert "kept" in machine.does(f"{ASK} ask {HERE}/sync")
+    machine.does(f"{INSTALL} uninstall --purge --yes")
+    said = machine.does(f"{INSTALL} install --agent none")
+    token = re.search(r"^The service is at http://127.0.0.1:3001\.\n.*once:\n(kirosync_\S+)$", said, re.MULTILINE)[1]
+    assert (
+        machine.does(f"curl -s -o /dev/null -w %{{http_code}} -H 'Authorization: Bearer {token}' {HERE}/sync") == "200"
+    )
+    assert machine.call("ls /var/lib/kirosync/token").returncode != 0
+    assert "kirosync_" not in machine.does(f"{INSTALL} install")
     machine.does(f"{INSTALL} uninstall --purge --yes")
     assert machine.does("find /etc /opt /srv /var -iname '*kiro*sync*'") == ""
     assert machine.call("getent passwd kirosync kirosync-agent").stdout == ""

@@ -66,11 +66,7 @@ def heard(terminal, said):
 
 def alive(folder):
     """Return the processes that run something out of *folder*."""
-    return [
-        pid.name
-        for pid in Path("/proc").iterdir()
-        if pid.name.isdigit() and str(folder) in cmdline(pid) and "pytest" not in cmdline(pid)
-    ]
+    return [pid.name for pid in Path("/proc").iterdir() if pid.name.isdigit() and str(folder) in cmdline(pid)]
 
 
 def cmdline(pid):
@@ -98,6 +94,23 @@ def test_run_prints_a_line_that_works_and_ctrl_c_ends_everything(checkout, token
     assert "Traceback" not in said.decode()
     assert not token or token not in said.decode()
     until(lambda: not alive(checkout), 5)
+
+
+@pytest.mark.parametrize("ends", [signal.SIGHUP, signal.SIGTERM, signal.SIGKILL])
+def test_run_leaves_nothing_behind_however_it_ends(checkout, ends):
+    process, terminal = at_terminal(["./install.sh", "run"], checkout, KIROSYNC_PORT=str(free_port()))
+    said = bytearray()
+    try:
+        until(lambda: "Ctrl-C ends" in heard(terminal, said), 30)
+        running = [pid for pid in alive(checkout) if "python" in cmdline(Path("/proc", pid))]
+        assert len(running) >= 2
+        assert not [pid for pid in running if os.getsid(int(pid)) == process.pid]  # Ctrl-C does not reach them
+    finally:
+        process.send_signal(ends)
+        code = process.wait(15)
+        os.close(terminal)
+    assert code == (-signal.SIGKILL if ends == signal.SIGKILL else 0)
+    until(lambda: not alive(checkout), 15)
 
 
 def test_run_says_in_one_line_that_the_port_is_taken(checkout, server):
