@@ -486,15 +486,21 @@ try_release() {
     fail "release $release does not work here, see above; ${old:+release $old goes on, and }nothing else was changed"
 }
 
-# Back the state up, if the release that runs knows how to; the last three are kept.
+# Back the state up, if the release that runs knows how to; the last three are kept. The folder is root's: whoever else
+# could name a file there could have root remove, or write, another.
 back_up() {
   local file=$backups/before-release-$release.tar.gz outdated
   "$code/current/.venv/bin/python" "$code/current/kirosync.py" backup --help >/dev/null 2>&1 || return 0
-  ensure_folder "$backups" 700 kirosync:kirosync
-  ensure_gone "$file"
-  change "back the state up: $file" in_release "$old" backup "$file"
-  mapfile -t outdated < <(find "$backups" -name 'before-release-*' 2>/dev/null | sort -V | head -n -3)
+  ensure_folder "$backups" 700 root:root
+  ensure_gone "$file" "$file.new"
+  change "back the state up: $file" save_backup "$file"
+  mapfile -d '' -t outdated < <(find "$backups" -mindepth 1 -maxdepth 1 -type f \
+    -regex '.*/before-release-[0-9]+\.tar\.gz' -print0 2>/dev/null | sort -zV | head -zn -3)
   ensure_gone "${outdated[@]}"
+}
+
+save_backup() {
+  (umask 077 && set -C && in_release "$old" backup - >"$1.new" && mv -f "$1.new" "$1")
 }
 
 # Have a token for the agent, that none but the agent can read.
@@ -750,7 +756,7 @@ uninstall() {
   if [ -n "$purge" ]; then
     ensure_purged
   else
-    echo "Kept: $etc, $root$state, $root$log, $root$home; with --purge they go, too."
+    echo "Kept: $etc, $root$state, $root$log, $root$home, $backups; with --purge they go, too."
   fi
   if is_machine && ! has_systemd; then echo "What runs is to be ended by what started it."; fi
 }
@@ -759,7 +765,7 @@ confirm_purge() {
   local answer=''
   if [ -z "$purge" ] || [ -n "$yes$dry_run" ]; then return; fi
   if [ -t 0 ]; then
-    read -r -p "All state, logs, backups and settings of kirosync go for good. Type purge to go on: " answer
+    read -r -p "All state, logs, backups and settings of kirosync, and the home of its agent, go for good. Type purge to go on: " answer
   fi
   [ "$answer" = purge ] || fail "nothing was removed: --purge wants the answer purge, or --yes"
 }

@@ -581,16 +581,16 @@ def test_a_changed_setting_restarts_what_it_is_for(machine):
 
 def test_an_upgrade_restarts_and_keeps_the_state(machine):
     machine.does(f'{ASK} ask -d "$1" {HERE}/sync', '{"documents": {"kept": {"content": "x", "timestamp": 1}}}')
+    hostile = "mkdir -p victim && install -d -o kirosync /var/backups/kirosync && cd /var/backups/kirosync"
+    machine.does(
+        f"cd /root && {hostile} && for n in 1 2 3 4; do mkdir -p $'x\\n/root/victim\\nz'/before-release-$n; done"
+    )
     said = machine.does(f"sed -i '$a # changed' /root/checkout/agent.py && {INSTALL} upgrade")
     assert "switch to release 2" in said
     assert "start kirosync-agent" in said
-    if (
-        machine.call(
-            "/opt/kirosync/current/.venv/bin/python /opt/kirosync/current/kirosync.py backup --help"
-        ).returncode
-        == 0
-    ):
-        assert "before-release-2.tar.gz" in machine.does("ls /var/backups/kirosync")
+    assert "before-release-2.tar.gz" in machine.does("ls /var/backups/kirosync")
+    assert machine.does("stat -c %U:%a /var/backups/kirosync /var/backups/kirosync/*.tar.gz") == "root:700\nroot:600\n"
+    machine.does("ls -d /root/victim")
     assert run_on(machine, "echo works") == "works\n"
     assert '"kept"' in machine.does(f"{ASK} ask {HERE}/sync")
 
