@@ -547,7 +547,8 @@ service_settings() {
 take_over() {
   made=$unfinished
   unfinished='' # it may be the one that runs
-  trap 'give_back "this was ended before release $release proved healthy"' HUP INT PIPE TERM
+  exec 8>&1 # a trap says what it says where the command that it interrupts does
+  trap 'give_back "this was ended before release $release proved healthy" >&8' HUP INT PIPE TERM
   if activate "$release"; then
     trap - HUP INT PIPE TERM
     return

@@ -635,6 +635,7 @@ def test_an_upgrade_that_is_ended_before_it_proved_healthy_goes_back(machine, na
     )
     assert ran.returncode == 1, ran.stdout + ran.stderr
     said = re.search(r"this was ended before release (\d+) proved healthy: back to release (\d+)", ran.stdout)
+    assert said, ran.stdout + ran.stderr
     assert before == machine.does(
         "readlink /opt/kirosync/current; cat /etc/systemd/system/kirosync*.service /etc/kirosync/*"
     )
