@@ -6495,6 +6495,8 @@ def serve(arguments: argparse.Namespace) -> None:
     failed: list[Exception] = []
 
     def stop(*_: Any) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # a second one must not end it half way
         if service.opened:
             service.opened.release()
         sys.exit(0)

@@ -50,7 +50,13 @@ def at_terminal(command, folder, **more):
     """Run *command* at a terminal of its own, where Ctrl-C is a key; return the process, and the terminal."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        command, cwd=folder, env=environment(**more), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+        ["env", "--default-signal=INT", *command],  # who runs the tests in the background has it ignored
+        cwd=folder,
+        env=environment(**more),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
     )
     os.close(theirs)
     return process, ours

@@ -4,6 +4,7 @@ import http.client
 import inspect
 import json
 import re
+import signal
 import socket
 import threading
 import time
@@ -742,3 +743,11 @@ def test_a_running_service_compacts_its_journal(state, tmp_path, start):
     store.close()
     start(Server, state, tmp_path / "log")
     until(lambda: len((state / "journal.jsonl").read_bytes().splitlines()) < 10)
+
+
+def test_two_signals_at_once_end_the_service_once(state, tmp_path, start):
+    for pause in (0, 0.001, 0.004, 0.01):
+        server = start(Server, state, tmp_path / f"log{pause}")
+        server.popen.send_signal(signal.SIGINT)
+        time.sleep(pause)
+        assert server.end() == 0, (tmp_path / f"log{pause}").read_text()

@@ -104,7 +104,7 @@ def window(editor, service, tmp_path_factory):
     editor.settings({"kirosync.url": service.url})
     window = editor.open(folder)
     window.sees("status", "Kirosync: no token")
-    give_token(window, service.token)
+    give_token(window, service.editors_token)
     until(lambda: ides(service), "the window did not announce itself")
     yield window
     window.close()

@@ -1,5 +1,6 @@
 """The programs of this repository, really running: the service, and an agent."""
 
+import functools
 import json
 import os
 import subprocess
@@ -66,6 +67,12 @@ class Service(Program):
     @property
     def token(self):
         return (self.state / "token").read_text().strip()
+
+    @functools.cached_property
+    def editors_token(self):
+        """A token of the scope ide, which is all that an editor needs."""
+        argv = [sys.executable, ROOT / "kirosync.py", "token", "add", "editor", "--scope", "ide", "--state", self.state]
+        return subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
 
     def ask(self, method, path, body=None, headers=None):
         """Return the status, and the answer: bytes if it is no JSON. A *body* of bytes is sent as it is; one of

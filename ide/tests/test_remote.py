@@ -58,7 +58,7 @@ def test_a_window_announces_its_version_its_folders_and_its_commands(service, wi
 
 
 def test_the_token_is_in_no_setting_and_no_file_of_the_editor(service, editor, window):
-    token = service.token.encode()
+    token = service.editors_token.encode()
     files = [path for path in editor.folder.rglob("*") if path.is_file()]
     assert files
     assert [path for path in files if token in path.read_bytes()] == []
@@ -240,7 +240,7 @@ def test_a_token_that_is_wrong_is_said_to_be(service, window):
     window.sees("status", "Kirosync: wrong token")
     window.sees("notification", "does not take the token")
     window.screenshot("wrong-token")
-    give_token(window, service.token)
+    give_token(window, service.editors_token)
     until(lambda: status(service)["status"] == "ready", "the right token was not taken")
 
 
