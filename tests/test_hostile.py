@@ -183,6 +183,7 @@ SLOW = {  # what they send at first, then each second; and after how long (s) th
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("what", SLOW)
 def test_500_clients_that_are_slow_keep_nobody_waiting_and_are_dropped_in_time(server, crowd, what):
     beginning, drip, seconds, told = SLOW[what]
@@ -196,6 +197,7 @@ def test_500_clients_that_are_slow_keep_nobody_waiting_and_are_dropped_in_time(s
     assert not told or slow.heard == {told}
 
 
+@pytest.mark.alone
 def test_500_clients_that_do_not_read_their_answers_are_dropped_and_cost_no_memory(server, crowd, state):
     identity = server.ask("POST", "/command", json={"type": "execute_bash", "command": "x"}).json()["commandId"]
     server.ask("PATCH", f"/command/{identity}", json={"status": "processing"})
@@ -214,6 +216,7 @@ def test_500_clients_that_do_not_read_their_answers_are_dropped_and_cost_no_memo
     until(lambda: descriptors(server) < 60)
 
 
+@pytest.mark.alone
 def test_more_clients_than_may_be_open_shut_nobody_out_and_who_is_held_stays(server, crowd):
     cursor = server.ask("GET", "/sync").json()["cursor"]
     with ThreadPoolExecutor(1) as threads:
@@ -536,6 +539,7 @@ def hostile_seed():
     return seed
 
 
+@pytest.mark.alone
 def test_nothing_that_a_client_sends_makes_the_service_fail_or_grow(state, tmp_path, start, hostile_seed):
     server = start(Server, state, tmp_path / "log", "--execute-timeout", "0.2")
     paces(server, 10)
