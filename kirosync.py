@@ -389,6 +389,10 @@ def without(record: Record, *names: str) -> Record:
     return {key: value for key, value in record.items() if key not in names}
 
 
+def digest(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()
+
+
 def shape(required: dict[str, Any], optional: dict[str, Any]) -> Any:
     """Return the type of an object with these fields, and any others. What is in both is required."""
     wanted = {key: Required[kind] for key, kind in required.items()}
@@ -527,10 +531,11 @@ class Grant(NamedTuple):
 EVERY = frozenset(ORDERS)
 ASKED = frozenset({"user_input"})
 REMOTE = frozenset({"kiro_command"})
+HANDLED = EVERY - ASKED - REMOTE  # by agents
 GRANTS = {  # a token of a client cannot claim, that of an agent can submit nothing but questions, and answers none
     "read": Grant(),
     "client": Grant(queues=EVERY, takes=ASKED),
-    "agent": Grant(("commands",), queues=ASKED, takes=EVERY - ASKED - REMOTE, announces=("agent",)),
+    "agent": Grant(("commands",), queues=ASKED, takes=HANDLED, announces=("agent",)),
     "ide": Grant(queues=EVERY, takes=ASKED | REMOTE, announces=("ide",)),
     "admin": Grant(queues=EVERY, takes=EVERY, announces=get_args(AgentKind)),
 }
@@ -544,9 +549,13 @@ class Token(NamedTuple):
     sha256: str = ""
     expires: float = math.inf  # ms
 
+    def can(self, right: str, wanted: str) -> bool:
+        """Return whether the grant of its scope has *wanted* in its *right*."""
+        return self.scope == "admin" or wanted in getattr(GRANTS[self.scope], right)
+
     def may(self, what: str, right: str, wanted: str) -> None:
-        """Raise Forbidden unless the grant of its scope has *wanted* in its *right*; *what* says what that means."""
-        if self.scope != "admin" and wanted not in getattr(GRANTS[self.scope], right):
+        """Raise Forbidden unless it can; *what* says what that means."""
+        if not self.can(right, wanted):
             possible = [scope for scope, grant in GRANTS.items() if wanted in getattr(grant, right)]
             raise Forbidden(self.scope, what, possible)
 
@@ -561,10 +570,10 @@ def token_from(name: str, said: Record) -> Token:
 def matching(tokens: Iterable[Token], secret: bytes) -> Token | None:
     """Return the one of *tokens* that *secret* is; it takes as long whichever it is, and if it is none.
 
-    >>> matching([Token("a", "read", hashlib.sha256(b"x").hexdigest())], b"x").name
+    >>> matching([Token("a", "read", digest(b"x"))], b"x").name
     'a'
     """
-    sha256, found = hashlib.sha256(secret).hexdigest(), None
+    sha256, found = digest(secret), None
     for token in tokens:
         if hmac.compare_digest(token.sha256, sha256):
             found = token
@@ -866,8 +875,9 @@ def new_command(order: Record, now: int) -> Record:
     return {**order, "status": "pending", "createdAt": now, "updatedAt": now}
 
 
-HANDLED = EVERY - ASKED - REMOTE  # by agents, who hash whatever any of these types may have
-HANDLED_FIELDS = {field for kind in HANDLED for table in ORDERS[kind][:2] for field in table}
+HANDLED_FIELDS = {
+    field for kind in HANDLED for table in ORDERS[kind][:2] for field in table
+}  # hashed whatever the type
 DECISIVE = {kind: {*required, *optional} for kind, (required, optional, _) in ORDERS.items()}
 DECISIVE |= dict.fromkeys(HANDLED, HANDLED_FIELDS)
 
@@ -876,7 +886,7 @@ def hash_of(command: Record) -> str:
     """Return the sha256 of what decides what a *command* does when it is executed; agents ask humans by the same."""
     fields = {"id", "type", "workingDir", "env", "timeout"} | DECISIVE.get(command["type"], set())
     exact = {field: command[field] for field in fields & command.keys()}
-    return hashlib.sha256(json.dumps(exact, sort_keys=True).encode()).hexdigest()
+    return digest(json.dumps(exact, sort_keys=True).encode())
 
 
 def advance(command: Record, patch: Record, now: int) -> Record:
@@ -2112,10 +2122,6 @@ class Pen:
         self.lines.append(Line(self.revision, self.now, self.last_update, kind, identity, op, by=self.by, **told))
 
 
-def digest(text: bytes) -> str:
-    return hashlib.sha256(text).hexdigest()
-
-
 class File(NamedTuple):
     """A file to be: written ``aside``, then renamed to ``path``; what it ``replaces`` elsewhere goes first."""
 
@@ -2623,10 +2629,6 @@ class Store:
         except OSError:  # a folder of that name, say
             return False
         return True
-
-    def tokens(self) -> dict[str, Record]:
-        """Return what tokens.json says, by the names of the tokens; those that are not well formed do not count."""
-        return tokens_in(self.directory)
 
     def recall(self, name: str) -> bytes:
         """Return what was remembered by this *name*, or nothing."""
@@ -3209,20 +3211,24 @@ class Audit:
         self.store, self.path = store, folder / "audit.jsonl"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.journal = open(store.directory / "journal.jsonl", "rb")  # noqa: SIM115  for as long as the service runs
-        self.known = self.position()
+        told = audited_in(store.directory)
+        self.known = self.position(told)
         self.read_up_to = self.known.revision
         self.pending: list[Line] = []  # that have been read, and are to be entered
         self.place = (0, 0)  # the inode of the journal, and how much of it has been entered
-        self.begins = not audited_in(store.directory)  # then what it enters first is no news
+        self.begins = not told  # then what it enters first is no news
 
-    def position(self) -> Position:
-        """Return where to go on; a line that was not written to its end is taken out first."""
+    def position(self, told: Position | None) -> Position:
+        """Return where to go on; a line that was not written to its end is taken out first.
+
+        *told* is how far it had come, from the state directory.
+        """
         with contextlib.suppress(FileNotFoundError), open(self.path, "r+b") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
-        told, last = audited_in(self.store.directory), Position()
-        for path in (*audit_files(self.path.parent)[-1:], self.path):
-            for raw, line in lines_of_audit(path):
-                last = Position(line.seq, digest(raw), line.revision) if line else last
+        paths, last = (*audit_files(self.path.parent)[-1:], self.path), Position()
+        lines = ((raw, line) for path in paths for raw, line in lines_of_audit(path) if line)
+        for raw, line in collections.deque(lines, 1):
+            last = position_of(raw, line)  # only of the last: to hash all of them would take a second at each start
         if told and told.seq > last.seq:
             log.error("the audit log has lost the lines %d to %d", last.seq + 1, told.seq)
             return told
@@ -3271,9 +3277,9 @@ class Audit:
         self.rotate()
         known, text = self.known, b""
         for line in lines:
-            raw = msgspec.json.encode(said_of(known, line))
+            raw = msgspec.json.encode(said := said_of(known, line))
             text += raw + b"\n"
-            known = Position(known.seq + 1, digest(raw), line.revision)
+            known = position_of(raw, said)
         self.append(text)
         self.known = known
         with contextlib.suppress(OSError):  # it is found again in the log itself
@@ -3309,7 +3315,7 @@ class Audit:
             )
             text = msgspec.json.encode(pruned)
             self.append(text + b"\n")
-            self.known = Position(self.known.seq + 1, digest(text), self.known.revision)
+            self.known = position_of(text, pruned)
             old.unlink()
 
     def close(self) -> None:
@@ -3317,6 +3323,11 @@ class Audit:
 
 
 AUDITED = ("put", "delete", "archive", "quarantine", "add", "revoke", "restore")  # the ops that are changes to someone
+
+
+def position_of(raw: bytes, line: AuditLine) -> Position:
+    """Return how far the audit log has come with a *line*, of which *raw* are the bytes."""
+    return Position(line.seq, digest(raw), line.revision)
 
 
 def said_of(known: Position, line: Line) -> AuditLine:
@@ -3371,7 +3382,7 @@ class Chain:
             return f"{here} is number {line.seq} where {self.known.seq + 1} should be: lines are missing"
         if line.previous != self.known.sha256:
             return f"{self.before} was changed: its sha256 is not the one that the line after it has"
-        self.known, self.before, self.count = Position(line.seq, digest(raw), line.revision), here, self.count + 1
+        self.known, self.before, self.count = position_of(raw, line), here, self.count + 1
         self.pruned |= {(line.until, line.sha256)} if line.op == "prune" else set()
         if self.told and self.told.seq == line.seq and self.told.sha256 != self.known.sha256:
             return f"{here} was changed: its sha256 is not the one that the state directory has"
@@ -3459,7 +3470,7 @@ class Keyring:
         for name, said in tokens_in(self.directory).items():
             yield token_from(name, said)
         if master := self.given.encode() or self.master():
-            yield Token(MASTER, "admin", hashlib.sha256(master).hexdigest())
+            yield Token(MASTER, "admin", digest(master))
 
     def master(self) -> bytes:
         """Return what the file token holds."""
@@ -3998,8 +4009,8 @@ class Inspection:
             return
         look = self.folder(path) if folder else PARTS[place.part](self, path, place) if place else self.stray(path)
         yield from (wanted := [*look])
-        open_to_others = mode & 0o77 and not stat.S_ISLNK(status.st_mode) and not path.endswith(".lock")
-        if open_to_others and not any(remedy for _, remedy in wanted):  # a lock holds nothing
+        secret = not stat.S_ISLNK(status.st_mode) and not path.endswith(".lock")  # a lock holds nothing
+        if mode & 0o77 and secret and not any(remedy for _, remedy in wanted):
             yield f"can be used by others, with the mode {mode:04o}", "close"
 
     def folder(self, path: str) -> Iterator[tuple[str, str]]:
@@ -4342,7 +4353,7 @@ def take_command(pen: Pen, identity: str, command: Record, asker: Token) -> None
     known, grave = pen.get("commands", identity), pen.grave("commands", identity)
     if grave and not known and command.get("updatedAt", command.get("createdAt", 0)) <= grave["deletedBefore"]:
         return
-    if known and asker.scope != "admin" and known["type"] not in GRANTS[asker.scope].takes:
+    if known and not asker.can("takes", known["type"]):
         return
     merged = merge_command(known, {**command, "id": identity}, pen.now)
     put_command(pen, known, merged if known else {**merged, "queuedBy": asker.name})
@@ -5064,8 +5075,6 @@ class Service:
     def let_in(self, scopes: Sequence[str]) -> None:
         """Note who asks; raise why they may not ask what *scopes* may."""
         environ, sender = bottle.request.environ, address_in(str(bottle.request.environ.get("REMOTE_ADDR", "")))
-        environ["kirosync.token"] = None
-        BY.set(f"nobody@{sender}")
         token = self.gate.admit(header("Authorization"), sender, scopes, time.time_ns() // 1_000_000)
         environ["kirosync.token"] = token
         BY.set(f"{token.name}@{sender}" if token else f"nobody@{sender}")
@@ -5240,10 +5249,11 @@ class Service:
         Who brings a token learns more: queue: {pending, processing, oldestPendingMs}, and agents: {name: {kind,
         present, lastSeen}}.
         """
-        now, problem = self.opened.clock() if self.opened else time.time() * 1000, self.problem()
+        now, hindrance = self.opened.clock() if self.opened else time.time() * 1000, self.hindrance()
+        problem = hindrance or self.neglect()
         server = {"running": True, "port": self.port, "host": self.host, "uptime": self.uptime()}
         said: Record = {"status": "unhealthy", "problem": problem} if problem else {"status": "healthy"}
-        said["ready"] = not self.hindrance()
+        said["ready"] = not hindrance
         bottle.response.status = 503 if problem else 200
         more = self.overview() if self.opened and bottle.request.environ["kirosync.token"] else {}
         return {**said, "timestamp": iso(now), "server": server, **more}
@@ -5260,10 +5270,8 @@ class Service:
         space = judge_space(*self.store.room())
         return f"the disk is nearly full: {space.sentence}" if space.level == "bad" else ""
 
-    def problem(self) -> str:
-        """Return why the service, or what it is for, is not well, "" if all is."""
-        if hindrance := self.hindrance():
-            return hindrance
+    def neglect(self) -> str:
+        """Return what the service has work for, and nobody there to do it, "" if there is somebody."""
         untaken = self.untaken()
         return f"nobody takes commands: {untaken} wait for agents that are not there" if untaken else ""
 
@@ -5300,7 +5308,7 @@ class Service:
         entries = {kind: [*self.store.all(kind).values()] for kind in KINDS}
         figures: list[tuple[str, str, Iterable[tuple[Record, float]]]] = [
             ("info", "gauge", [({"version": __version__}, 1)]),
-            ("healthy", "gauge", [({}, int(not self.problem()))]),
+            ("healthy", "gauge", [({}, int(not (self.hindrance() or self.neglect())))]),
             ("uptime_seconds", "gauge", [({}, self.uptime())]),
             ("revision", "counter", [({}, self.store.revision)]),
             ("records", "gauge", [({"kind": kind}, len(known)) for kind, known in entries.items()]),

@@ -244,7 +244,7 @@ def test_a_token_is_valid_up_to_its_end(ask, store, service):
     add(store, "read", "read", "r" * 40, expiresAt=now + 60_000)
     secret = {"Authorization": f"Bearer {'r' * 40}"}
     assert ask("admin", "GET", "/sync", **secret).status_int == 200
-    store.change(lambda pen: pen.entitle("read", {**store.tokens()["read"], "expiresAt": now - 1}))
+    store.change(lambda pen: pen.entitle("read", {**kirosync.tokens_in(store.directory)["read"], "expiresAt": now - 1}))
     answer = ask("admin", "GET", "/sync", **secret)
     assert answer.status_int == 401
     assert re.match(r"the token 'read' expired on \d{4}-", answer.json["message"])
@@ -266,7 +266,7 @@ def test_the_last_use_of_a_token_is_told(server, state):
 
 
 def test_a_token_in_the_settings_is_one_of_an_admin(ask, store):
-    assert store.tokens() == {}
+    assert kirosync.tokens_in(store.directory) == {}
     assert ask("admin", "POST", "/command", BASH).status_int == 200
 
 
