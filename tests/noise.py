@@ -106,7 +106,7 @@ VALUES = {  # of what may stand in a query
     "tail": ["0", "1", "100"],
     "attempt": ["1", "2"],
     "claim": ["x"],
-    **dict.fromkeys(("version", "from", "to"), ["current", "0000000000000007-0123456789ab"]),
+    **{name: ["current", "0000000000000007-0123456789ab"] for name in ("version", "from", "to")},
 }
 WRONG_TEXTS = [
     "",
