@@ -55,9 +55,9 @@ class Process:
 class Server(Process):
     """The service on a port of its own."""
 
-    def __init__(self, state, log, *arguments, environment=None):
+    def __init__(self, state, log, *arguments, environment=None, program="kirosync.py"):
         super().__init__(
-            "kirosync.py",
+            program,
             "serve",
             "--port",
             "0",
