@@ -50,6 +50,7 @@ def server_state(server):
     return Path(server.argv[server.argv.index("--state") + 1])
 
 
+ONCE = pytest.mark.parametrize("page", ["desktop"], indirect=True)  # for what is the same at every size
 NOW = 1_795_000_000_000
 
 
@@ -78,9 +79,7 @@ def rest(page, seconds=0.3):
 
 
 def distance_to_end(page):
-    return page.evaluate(
-        "(({scrollHeight, scrollTop, clientHeight}) => scrollHeight - scrollTop - clientHeight)(document.getElementById('record'))"
-    )
+    return page.locator("#record").evaluate("(node) => node.scrollHeight - node.scrollTop - node.clientHeight")
 
 
 def settle(page, ready, seconds=10):
@@ -121,22 +120,26 @@ def test_a_long_transcript_opens_at_its_end_and_stays_there_while_it_grows(page,
         settle(page, lambda: distance_to_end(page) < 2)
 
 
+RENDERED = """[...document.querySelectorAll(".message:has(.plain)")]
+  .every((node) => Math.abs(node.getBoundingClientRect().top) > 1300)"""  # all that is near, and what is beside it
+
+
 def test_who_reads_above_is_not_moved(page, server):
     push(server, conversations={"long": [said(number, f"message {number}\n\n{MARKED}") for number in range(60)]})
     page.get_by_role("link", name="message 0").click()
     settle(page, lambda: distance_to_end(page) < 2)
+    page.evaluate("() => { globalThis.top_of = (node) => node.getBoundingClientRect().top; }")
     scroll(page, -2500)
     settle(page, lambda: distance_to_end(page) > 500)
     rest(page, 0.6)
-    seen = page.evaluate(
-        """[...document.querySelectorAll(".message")].map((node) => [node.querySelector(".prose").firstChild.textContent, node.getBoundingClientRect().top])
-           .find(([, top]) => top > 150)"""
-    )
+    settle(page, lambda: page.evaluate(RENDERED))
+    page.evaluate("globalThis.place = [...document.querySelectorAll('.message')].find((each) => top_of(each) > 150)")
+    before = page.evaluate("top_of(place)")
     for number in range(60, 63):
         push(server, conversations={"long": [said(number, f"late {number}\n\n{MARKED}")]})
     expect(page.get_by_text("63 messages").first).to_be_attached()
-    rest(page, 0.4)
-    assert abs(place_of(page, seen[0]) - seen[1]) < 25  # the text begins a little below its message
+    rest(page, 0.5)
+    assert page.evaluate("top_of(place)") == pytest.approx(before, abs=2)
 
 
 def test_earlier_messages_come_without_a_jump_and_only_so_many_are_shown(page, server):
@@ -153,11 +156,12 @@ def test_earlier_messages_come_without_a_jump_and_only_so_many_are_shown(page, s
     assert page.locator(".message").count() == 2000
     rest(page)
     assert abs(place_of(page, "message 9000") - before) < 2
-    assert page.get_by_role("button", name="Show earlier ones (8000)").is_visible() or True
+    expect(page.get_by_role("button", name="Show earlier ones (8000)")).to_be_attached()
     nodes = page.evaluate("document.getElementsByTagName('*').length")
     assert nodes < 2000 * 15
 
 
+@ONCE
 def test_a_message_that_grows_keeps_its_place_and_its_beginning(page, server):
     growing = "First paragraph.\n\nSecond"
     push(server, conversations={"c": [said(0), said(1, growing, "assistant")]})
@@ -168,7 +172,7 @@ def test_a_message_that_grows_keeps_its_place_and_its_beginning(page, server):
     first.evaluate("node => { node.mark = true; node.closest('article').mark = true; }")
     page.evaluate(
         """globalThis.flickers = 0;
-           new MutationObserver(() => { if (document.querySelectorAll("article")[1].querySelector(".plain")) flickers += 1; })
+           new MutationObserver(() => { flickers += document.querySelectorAll("article:last-child .plain").length; })
              .observe(document.querySelector("[role=log]"), { subtree: true, childList: true, attributes: true })"""
     )
     for number in range(12):
@@ -180,6 +184,7 @@ def test_a_message_that_grows_keeps_its_place_and_its_beginning(page, server):
     assert page.evaluate("flickers") == 0
 
 
+@ONCE
 def test_code_is_copied_as_it_was_written(page, server):
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     push(server, conversations={"c": [said(0, MARKED, "assistant")]})
@@ -192,6 +197,7 @@ def test_code_is_copied_as_it_was_written(page, server):
     assert page.evaluate("navigator.clipboard.readText()") == MARKED
 
 
+@ONCE
 def test_what_tools_were_told_and_said_is_folded(page, server):
     call = {"name": "readFile", "arguments": {"path": "secret-path"}}
     push(
@@ -212,6 +218,7 @@ def test_what_tools_were_told_and_said_is_folded(page, server):
     expect(log.get_by_text("bottom line, and more")).to_be_visible()  # it stays open while it grows
 
 
+@ONCE
 def test_days_are_said_and_a_search_finds_by_content(page, server):
     day = 86_400_000
     push(
@@ -230,6 +237,7 @@ def test_days_are_said_and_a_search_finds_by_content(page, server):
     expect(page.get_by_text("Nothing says that.")).to_be_visible()
 
 
+@ONCE
 def test_what_is_deleted_on_the_service_is_said(page, server):
     push(server, conversations={"c": [said(0)]}, documents={"d": {"content": "x", "timestamp": NOW}})
     page.get_by_role("link", name="message 0").click()
@@ -243,6 +251,7 @@ def test_what_is_deleted_on_the_service_is_said(page, server):
     expect(page.get_by_text("It was deleted.")).to_be_visible()
 
 
+@ONCE
 def test_a_new_conversation_begins_with_its_first_message(page, server):
     page.get_by_role("button", name="New conversation").click()
     expect(page.get_by_text("The first message begins it.")).to_be_visible()
@@ -264,7 +273,7 @@ def test_a_message_written_while_the_service_is_down_is_sent_when_it_is_back(pag
     expect(page.get_by_role("status").first).to_have_text("offline")
     page.get_by_role("textbox", name="Message").fill("written while away")
     page.get_by_role("button", name="Send").click()
-    expect(page.get_by_text("not sent yet")).to_be_visible()
+    expect(page.get_by_text("not sent yet").filter(visible=True)).to_be_visible()
     warnings = []
     page.on("dialog", lambda dialog: (warnings.append(dialog.type), dialog.accept()))
     page.route(
@@ -273,11 +282,11 @@ def test_a_message_written_while_the_service_is_down_is_sent_when_it_is_back(pag
     page.reload()  # the service is away, so a file in its place
     assert warnings == ["beforeunload"]
     expect(page.get_by_role("log")).to_contain_text("written while away")
-    expect(page.get_by_text("not sent yet")).to_be_visible()
+    expect(page.get_by_text("not sent yet").filter(visible=True)).to_be_visible()
     expect(page.get_by_role("alert").first).to_contain_text("1 message will be sent then")
     back = again(server, state, tmp_path, start)
     page.evaluate("dispatchEvent(new Event('online'))")
-    expect(page.get_by_text("not sent yet")).not_to_be_visible()
+    expect(page.get_by_text("not sent yet").filter(visible=True)).to_have_count(0)
     expect(page.get_by_role("log")).to_contain_text("message 0")
     kept = back.ask("GET", "/sync").json()["conversations"]["c"]
     assert [message["content"] for message in kept] == ["message 0", "written while away"]
@@ -301,6 +310,7 @@ def test_offline_is_said_and_over_as_soon_as_the_browser_says_so(page, server):
     expect(page.get_by_text("Offline, and trying again")).not_to_be_visible()
 
 
+@ONCE
 def test_what_a_restored_backup_lacks_is_said_and_brought_back(page, server, state, tmp_path, start):
     push(server, conversations={"c": [said(0)]})
     expect(page.get_by_role("link", name="message 0")).to_be_visible()
@@ -322,6 +332,7 @@ def test_what_a_restored_backup_lacks_is_said_and_brought_back(page, server, sta
     assert back.ask("GET", "/sync").json()["conversations"]["c"] == [said(0), said(1)]
 
 
+@ONCE
 def test_what_the_service_refuses_later_is_said_and_can_be_read(page, server):
     expect(page.get_by_role("status").first).to_have_text("in step")
     refused = {"documents": {"d": {"content": "my precious text", "timestamp": NOW, "id": "mine"}}}
@@ -349,6 +360,7 @@ def enter(page, secret):
     page.get_by_role("button", name="Look").click()
 
 
+@ONCE
 def test_a_token_that_is_revoked_is_asked_for_again(page, server, state):
     page.get_by_role("button", name="Forget the token").click()
     enter(page, token(state, "phone", "client"))
@@ -362,6 +374,7 @@ def test_a_token_that_is_revoked_is_asked_for_again(page, server, state):
     expect(page.get_by_role("link", name="message 0")).to_be_visible()
 
 
+@ONCE
 def test_a_token_that_may_only_read_is_told_so(page, server, state):
     push(server, conversations={"c": [said(0)]})
     page.get_by_role("button", name="Forget the token").click()
@@ -375,6 +388,7 @@ def test_a_token_that_may_only_read_is_told_so(page, server, state):
     expect(page.get_by_role("status").first).to_have_text("in step")
 
 
+@ONCE
 def test_a_token_of_an_agent_is_told_that_it_cannot_look(page, server, state):
     push(server, conversations={"c": [said(0)]}, documents={"d": {"content": "x", "timestamp": NOW}})
     page.get_by_role("button", name="Forget the token").click()
@@ -416,6 +430,7 @@ def test_documents_are_listed_found_and_shown_with_numbers_and_colours(page, ser
     expect(page.get_by_role("link", name="hay.txt")).to_be_visible()
 
 
+@ONCE
 def test_a_document_is_copied_and_saved_as_it_is(page, server):
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     content = "a\tb\r\n<c> \u00e9\u202e\n"
@@ -458,16 +473,17 @@ def test_a_document_is_live_and_its_versions_and_what_changed_are_shown(page, se
     expect(changes.get_by_role("insertion")).to_have_text("+gamma")
     expect(changes.get_by_role("deletion")).to_have_text("-beta")
     expect(page.get_by_text("1 line added, 1 removed.")).to_be_visible()
-    page.get_by_label("From").select_option(index=2)
+    page.get_by_role("combobox", name="From").select_option(index=2)
     expect(changes.get_by_role("deletion")).to_have_text("-alpha")
-    page.get_by_label("To").select_option(index=2)
+    page.get_by_role("combobox", name="To").select_option(index=2)
     expect(page.get_by_text("They do not differ.")).to_be_visible()
     page.get_by_role("button", name="Source").click()
     expect(code).to_have_text(third)
-    page.get_by_label("Version").select_option(index=1)
+    page.get_by_role("combobox", name="Version").select_option(index=1)
     expect(code).to_have_text(second)
 
 
+@ONCE
 def test_a_document_of_thirty_thousand_lines_is_shown_whole_with_few_nodes(page, server):
     lines = [f"line {number} of many, as long as lines are" for number in range(1, 30_001)]
     push(server, documents={"big": document("\n".join(lines))})
@@ -505,7 +521,7 @@ DEEP = [">" * 500 + " deep", "*" * 2000, "[" * 2000, "- " * 300 + "x", "`" * 999
 def hostile(number, text):
     """Return records in which everything that can be chosen is *text*."""
     message = said(number, text, role=text[:60], id=text[:100], tool_calls=[{"name": text, "arguments": text}])
-    name = text.replace("\n", " ")[:100]
+    name = text.replace("\n", " ")[:30]
     return {
         "conversations": {f"{number} {name}": [message, said(number + 1, text, "tool")]},
         "documents": {f"{number} {name}": document(text, path=text, language=text[:60])},
@@ -528,6 +544,7 @@ def watched(page):
     return seen
 
 
+@pytest.mark.parametrize("page", ["phone"], indirect=True)  # where there is the least room
 def test_nothing_that_others_wrote_runs_and_the_page_stays_usable(page, server):
     seen = watched(page)
     for number, text in enumerate([*ATTACKS, *DEEP]):
@@ -559,8 +576,9 @@ def test_nothing_that_others_wrote_runs_and_the_page_stays_usable(page, server):
     assert seen == []
 
 
+@ONCE
 def test_links_lead_only_where_links_may_and_tell_nobody_whence(page, server):
-    push(server, conversations={"c": [said(0, "\n\n".join(ATTACKS) + "\n\n[good](https://example.invalid/)")]})
+    push(server, conversations={"c": [said(0, "\n\n".join(ATTACKS)), said(1, "[good](https://example.invalid/)")]})
     show(page, "conversations", "c")
     good = page.get_by_role("link", name="good")
     expect(good).to_have_attribute("rel", re.compile("noopener.*noreferrer"))
@@ -575,32 +593,47 @@ def test_what_would_slip_through_the_sanitizer_is_stopped_by_the_policy(browser,
         enter(page, TOKEN)
         push(server, conversations={"c": [said(0)]})
         seen = watched(page)
-        slip = "<img src=http://evil.invalid/ onerror=run()><script>run()</script><svg onload=run()></svg><style>*{}</style>"
-        answered = page.expect_request("**/render")
-        page.route(
-            "**/render", lambda route: route.fulfill(json={"html": [slip] * len(route.request.post_data_json["texts"])})
-        )
-        with answered:
-            page.get_by_role("link", name="message 0").click()
+        blocked = []
+        page.on("requestfailed", lambda request: blocked.append(request.failure))
+        texts = re.compile(r"/render$")
+        page.route(texts, lambda route: route.fulfill(json={"html": [SLIP] * 20}))
+        page.get_by_role("link", name="message 0").click()
         expect(page.locator(".prose svg")).to_be_attached()  # it came in
-        stops = """() => new Promise((resolve) => {
-          const stopped = [];
-          addEventListener("securitypolicyviolation", (event) => stopped.push(event.effectiveDirective));
-          const script = document.createElement("script");
-          try { script.textContent = "run()"; document.body.append(script); } catch { stopped.push("trusted types"); }
-          const image = document.createElement("img");
-          image.setAttribute("onerror", "run()");
-          image.src = "data:,";
-          document.body.append(image);
-          try { document.body.insertAdjacentHTML("beforeend", "<p onclick=run()>"); } catch { stopped.push("trusted types"); }
-          try { eval("run()"); } catch { stopped.push("eval"); }
-          fetch("http://evil.invalid/").catch(() => stopped.push("fetch"));
-          setTimeout(() => resolve(stopped), 500);
-        })"""
-        stopped = page.evaluate(stops)
-        assert {"fetch", "eval"} <= set(stopped)
-        assert seen == [] or set(seen) == {"http://evil.invalid/"}
-        assert "something ran" not in seen
+        page.evaluate(ATTEMPTS)
+        settle(page, lambda: page.evaluate("tried") == 6)
+        rest(page)
+        assert page.evaluate("stopped") == {
+            "script": True,
+            "handler": True,
+            "markup": True,
+            "eval": True,
+            "fetch": True,
+        }
+        assert page.evaluate("({baseURI}) => baseURI", page.evaluate_handle("document")).startswith(server.url)
+        assert set(seen) <= {"http://evil.invalid/"}
+        assert set(blocked) == {"csp"}, "it never left the browser"
+
+
+SLIP = """<img src=http://evil.invalid/ onerror=run()><script>run()</script><svg onload=run()></svg>
+<style>* { color: red }</style><base href=http://evil.invalid/><a href=javascript:run()>slipped</a>"""
+ATTEMPTS = """() => {
+  const stopped = globalThis.stopped = {};
+  globalThis.tried = 0;
+  const attempt = (name, act) => setTimeout(async () => { // later, for what a test evaluates may do more
+    await Promise.resolve().then(act).catch(() => { stopped[name] = true; });
+    globalThis.tried += 1;
+  });
+  attempt("script", () => {
+    const script = document.createElement("script");
+    script.textContent = "run()";
+    document.body.append(script);
+  });
+  attempt("handler", () => { document.querySelector("h1").setAttribute("onclick", "run()"); });
+  attempt("markup", () => { document.body.insertAdjacentHTML("beforeend", "<img src=x onerror=run()>"); });
+  attempt("eval", () => (0, eval)("run()"));
+  attempt("fetch", () => fetch("http://evil.invalid/"));
+  attempt("link", () => [...document.links].find((link) => link.textContent === "slipped").click());
+}"""
 
 
 # Keyboard, screen reader, colours
@@ -645,6 +678,7 @@ def test_everything_is_reached_by_keyboard_and_a_record_begins_at_its_heading(pa
     expect(page.get_by_role("searchbox")).to_be_focused()
 
 
+@ONCE
 def test_the_skip_link_leads_to_what_is_shown_and_not_away(page, server):
     push(server, conversations={"c": [said(0)]})
     page.get_by_role("link", name="message 0").click()
@@ -690,15 +724,17 @@ def test_a_screen_reader_finds_landmarks_headings_and_names(page, server):
           - group "Content":
             - code: x
     """)
-    nameless = """[...document.querySelectorAll("button, a, input, textarea, select")].filter((node) => node.checkVisibility()
-      && !(node.textContent.trim() || node.getAttribute("aria-label") || node.labels?.[0]?.textContent)).map((node) => node.outerHTML)"""
+    nameless = """[...document.querySelectorAll("button, a, input, textarea, select")]
+      .filter((node) => node.checkVisibility() && !node.textContent.trim() && !node.ariaLabel && !node.labels?.length)
+      .map((node) => node.outerHTML)"""
     assert page.evaluate(nameless) == []
 
 
 def test_what_is_tapped_is_large_enough_for_a_finger(page, server):
     push(server, conversations={"c": [said(0, MARKED)]}, documents={"d.md": document(MARKED)})
-    small = """[...document.querySelectorAll("button, input, textarea, select, summary, #list li a, nav a")].filter((node) => node.checkVisibility())
-      .map((node) => [node.textContent || node.ariaLabel, node.getBoundingClientRect().height]).filter(([, height]) => height < 40)"""
+    small = """[...document.querySelectorAll("button, input, textarea, select, summary, li > a, nav a")]
+      .filter((node) => node.checkVisibility() && node.getBoundingClientRect().height < 40)
+      .map((node) => node.textContent || node.ariaLabel)"""
     for kind, identity in (("conversations", None), ("conversations", "c"), ("documents", "d.md")):
         show(page, kind, identity)
         rest(page)
