@@ -127,10 +127,11 @@ T = TypeVar("T")
 
 
 class Refusal(Exception):
-    """The base of everything that is refused; ``body()`` is what the caller is sent."""
+    """The base of everything that is refused; ``body()`` is what the caller is sent, which has these ``fields``."""
 
     status = 400
-    headers: dict[str, str] = {}  # noqa: RUF012  of the answer
+    headers: dict[str, str] = {}  # of the answer
+    fields: dict[str, Any] = {"error": str}
 
     def __init__(self, sentence: str, **details: Any) -> None:
         super().__init__(sentence)
@@ -143,12 +144,17 @@ class Refusal(Exception):
 class Malformed(Refusal):
     """A value is not what it must be; ``field`` names it."""
 
+    fields = {"error": str, "field": str}
+
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}" if field else problem, field=field)
 
 
 class Unauthorized(Refusal):
+    """There is no token, or none that is valid."""
+
     status, headers = 401, {"WWW-Authenticate": "Bearer"}
+    fields = {"error": Literal["Unauthorized"], "message": str}
 
     def __init__(self, message: str = "Valid API key required") -> None:
         super().__init__("Unauthorized", message=message)
@@ -158,24 +164,34 @@ class Forbidden(Refusal):
     """A token is known, and has not the scope for this."""
 
     status, headers = 403, {"WWW-Authenticate": 'Bearer error="insufficient_scope"'}
+    fields = {"error": str, "scopes": list[str]}
 
     def __init__(self, scope: str, what: str, scopes: Sequence[str]) -> None:
         super().__init__(f"a token of the scope {scope} may not {what}; possible: {', '.join(scopes)}", scopes=scopes)
 
 
 class NotFound(Refusal):
+    """There is nothing of this id, or this path."""
+
     status = 404
 
 
 class NotAllowed(Refusal):
+    """The path has no such method; ``allowed`` are those that it has."""
+
     status = 405
+    fields = {"error": str, "allowed": list[str]}
 
 
 class TooSlow(Refusal):
+    """The request was not sent in time."""
+
     status = 408
 
 
 class Conflict(Refusal):
+    """It cannot be as things stand; the details say how they do."""
+
     status = 409
 
 
@@ -183,28 +199,37 @@ class Coded(Refusal):
     """The base of what /api/kiro refuses in words of its own; ``recoverable`` says whether to try again helps."""
 
     code, recoverable = "", False
+    fields = {"code": str, "message": str, "recoverable": bool, "timestamp": str}
 
     def body(self) -> Record:
         return {"code": self.code, "message": str(self), "recoverable": self.recoverable, **self.details}
 
 
 class ValidationFailed(Coded):
+    """What was sent for an editor, or as an answer, is not what it must be."""
+
     code = "VALIDATION_FAILED"
 
 
 class TimedOut(Coded):
+    """It has not ended in time, or was answered too late."""
+
     status, code, recoverable = 408, "OPERATION_TIMEOUT", True
 
 
 class Unavailable(Coded):
+    """No editor takes commands; ``reason`` is "not_running" or "not_responding"."""
+
     status, code, recoverable = 503, "KIRO_UNAVAILABLE", True
-    headers = {"Retry-After": "1"}  # noqa: RUF012
+    headers = {"Retry-After": "1"}
+    fields = {**Coded.fields, "reason": Literal["not_running", "not_responding"]}
 
 
 class Unexecuted(Refusal):
     """An editor's command did not do what it should, or was not even begun."""
 
     status = 422
+    fields = {"success": Literal[False], "output": str, "error": str, "executionTimeMs": int}
 
     def body(self) -> Record:
         return {"success": False, "output": "", "error": str(self), "executionTimeMs": 0, **self.details}
@@ -213,23 +238,35 @@ class Unexecuted(Refusal):
 class Unfitting(Refusal):
     """What a human answered is no answer to the question."""
 
+    fields = {"success": Literal[False], "error": str, "executionId": str}
+
     def body(self) -> Record:
         return {"success": False, "error": str(self), **self.details}
 
 
 class TooLarge(Refusal):
+    """More was sent than is taken; ``limit`` is how much that is."""
+
     status = 413
+    fields = {"error": str, "limit": int}
 
 
 class NotJson(Refusal):
+    """The body is of another type than JSON."""
+
     status = 415
 
 
 class Unprocessable(Refusal):
+    """The Idempotency-Key was used for another body; ``commandId`` is what that became."""
+
     status = 422
+    fields = {"error": str, "commandId": str}
 
 
 class HeadTooLarge(Refusal):
+    """The first line and the headers are too long."""
+
     status = 431
 
 
@@ -237,6 +274,7 @@ class TooMany(Refusal):
     """Someone asks for more than is theirs; ``pause`` (s) is how long to wait before the next try."""
 
     status = 429
+    fields = {"error": str, "retryAfter": int}
 
     def __init__(self, sentence: str, pause: float) -> None:
         super().__init__(sentence, retryAfter=max(1, math.ceil(pause)))
@@ -244,14 +282,20 @@ class TooMany(Refusal):
 
 
 class Broken(Refusal):
+    """The service failed; the log says more, under the request's id."""
+
     status = 500
 
 
 class Busy(Refusal):
+    """It cannot be done just now, or while the service starts or ends."""
+
     status, headers = 503, {"Retry-After": "1"}
 
 
 class Full(Refusal):
+    """The disk is full; what is there is safe."""
+
     status = 507
 
 
@@ -377,11 +421,17 @@ QUOTAS = {  # of each scope: above what such a client does at its busiest, below
 # ---------------------------------------------------------------------------------------- Rules
 # What may become what. Values in, new values out: no disk, no network, no clock, no randomness.
 
-KINDS = ("conversations", "documents", "commands")
+Kind = Literal["conversations", "documents", "commands"]
+KINDS = get_args(Kind)
 
 
 def number(kind: Any, **bounds: Any) -> Any:
     return Annotated[kind, msgspec.Meta(**bounds)]
+
+
+def said(kind: Any, sentence: str, **more: Any) -> Any:
+    """Return *kind* with what the documentation says of it."""
+    return Annotated[kind, msgspec.Meta(description=sentence, **more)]
 
 
 def without(record: Record, *names: str) -> Record:
@@ -393,16 +443,31 @@ def digest(text: bytes) -> str:
     return hashlib.sha256(text).hexdigest()
 
 
-def shape(required: dict[str, Any], optional: dict[str, Any]) -> Any:
-    """Return the type of an object with these fields, and any others. What is in both is required."""
+def shape(name: str, required: dict[str, Any], optional: dict[str, Any]) -> Any:
+    """Return the type of an object with these fields, and any others. What is in both is required.
+
+    By its *name* the documentation knows it.
+    """
     wanted = {key: Required[kind] for key, kind in required.items()}
-    return TypedDict("shape", {**wanted, **without(optional, *wanted)}, total=False)  # type: ignore
+    return TypedDict(name, {**wanted, **without(optional, *wanted)}, total=False)  # type: ignore
+
+
+def many(kind: Any) -> Any:
+    return list[kind]
+
+
+def by_id(kind: Any, identity: Any = str) -> Any:
+    return dict[identity, kind]
 
 
 Text = Annotated[str, msgspec.Meta(min_length=1)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=ID_CHARACTERS)]
+NO_CONTROLS = r"^[^\x00-\x1f\x7f-\x9f]*$"
+Id = Annotated[Name, msgspec.Meta(pattern=NO_CONTROLS)]  # see check_id
+Iso = Annotated[str, msgspec.Meta(examples=["2025-01-19T10:30:00Z"])]
 Count = number(int, ge=0, le=INTEGER)
 Time = number(float, ge=-INTEGER, le=INTEGER)
+Seconds = number(float, ge=0, le=INTEGER)
 Run = number(float, gt=0, le=LONGEST_RUN_S)
 Stay = number(float, gt=0, le=LONGEST_STAY_S)
 Cells = number(int, ge=1, le=9999)
@@ -412,6 +477,10 @@ Outcome = Literal["ok", "exit", "error", "timeout", "cancelled", "expired", "los
 Encoding = Literal["utf-8", "base64"]
 InputType = Literal["text", "choice", "file", "confirmation"]
 AgentKind = Literal["agent", "ide"]
+Stream = Literal["stdout", "stderr", "stdin"]  # of a command
+Printed = Literal["stdout", "stderr"]
+Speaker = Annotated[str, msgspec.Meta(max_length=ID_CHARACTERS, pattern=NO_CONTROLS)]  # "" is nobody
+Key = Annotated[str, msgspec.Meta(max_length=KEY_CHARACTERS, pattern="^[ -~]*$")]
 Scope = Literal["read", "client", "agent", "ide", "admin"]
 POSSIBLE = {"status": get_args(Status), "outcome": get_args(Outcome), "encoding": get_args(Encoding)}
 POSSIBLE |= {
@@ -421,39 +490,77 @@ POSSIBLE |= {
     "scope": get_args(Scope),
 }
 
-MESSAGE = shape({"role": Name, "content": str, "timestamp": Time}, {"id": str | int, "metadata": dict[str, Any]})
-MESSAGES: Any = list[MESSAGE]  # type: ignore[valid-type]
-DOCUMENT = shape({"content": str, "timestamp": Time}, {"path": str, "language": str})
-INPUT = shape({}, {"data": str, "encoding": Encoding, "offset": Count, "close": bool})
-ABOUT = {"version": str, "availableCommands": list[str], "workspaceFolders": list[str], "focusedAt": Time}
-AGENT = shape({"kind": AgentKind, "types": list[Name]}, ABOUT)
-AGENT_PATCH = shape({}, {"kind": AgentKind, "types": list[Name], **ABOUT})
-USED = shape({"at": Time, "from": str}, {})  # of a token
-TOKEN = shape({"scope": Scope, "sha256": Digest, "createdAt": Time}, {"expiresAt": Time})
-PUSH = shape({}, {**dict.fromkeys(KINDS, dict[str, Any]), "lastUpdate": Time})
+Own = Annotated[Any, msgspec.Meta(description="set by the service", extra_json_schema={"readOnly": True})]
+
+MESSAGE = shape(
+    "Message",
+    {"role": said(Name, "user, assistant, system or another"), "content": str, "timestamp": Time},
+    {"id": str | int, "metadata": dict[str, Any]},
+)
+MESSAGES = many(MESSAGE)
+DOCUMENT = shape("Document", {"content": str, "timestamp": Time}, {"path": str, "language": str})
+INPUT = shape(
+    "Input",
+    {},
+    {
+        "data": said(str, "text, or base64 if the encoding is that"),
+        "encoding": Encoding,
+        "offset": said(Count, "bytes that were sent before; so it can be sent again without harm"),
+        "close": said(bool, "that nothing more will come"),
+    },
+)
+ABOUT = {
+    "version": str,
+    "availableCommands": said(list[str], "of an IDE"),
+    "workspaceFolders": said(list[str], "of an IDE: paths"),
+    "focusedAt": said(Time, "when the window of an IDE was last in front"),
+}
+FOUND_OUT = {"present", "lastSeen"}  # of an agent, by the service
+SAID = {**ABOUT, **dict.fromkeys(sorted(FOUND_OUT), Own)}
+AGENT = shape("Agent", {"kind": AgentKind, "types": said(list[Name], "of commands that it executes")}, SAID)
+AGENT_PATCH = shape("AgentPatch", {}, {"kind": AgentKind, "types": list[Name], **SAID})
+USED = shape("Used", {"at": Time, "from": str}, {})  # of a token
+TOKEN = shape("Token", {"scope": Scope, "sha256": Digest, "createdAt": Time}, {"expiresAt": Time})
 
 # What an order may say: for every type, and for each its required and its optional fields, and its result.
-ORDER = {"workingDir": Text, "env": dict[str, str], "timeout": Run, "expiresIn": Stay, "target": Name}
-ORDER |= {"metadata": dict[str, Any], "retryable": bool}
+ORDER = {
+    "workingDir": said(Text, "where it is executed; else where the agent is"),
+    "env": said(dict[str, str], "beside the agent's own; for execute_bash"),
+    "timeout": said(Run, f"s that it may run; {RUN_S} if it does not say"),
+    "expiresIn": said(Stay, f"s that it may wait; {EXPIRES_S} if it does not say"),
+    "target": said(Name, "the name of the agent that is to take it"),
+    "metadata": dict[str, Any],
+    "retryable": said(bool, "whether it is tried again if its agent is lost"),
+}
 ORDERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "execute_bash": (
         {"command": Text},
-        {"stdin": bool, "pty": bool, "columns": Cells, "rows": Cells},
+        {
+            "stdin": said(bool, "that it reads what is sent to it"),
+            "pty": said(bool, "that it runs in a terminal, of so many columns and rows"),
+            "columns": Cells,
+            "rows": Cells,
+        },
         "stdout, stderr, exitCode, durationMs; truncated and size where one was cut",
     ),
     "read_file": (
         {"path": Text},
-        {"offset": Count, "limit": Count, "tail": Count},
+        {"offset": Count, "limit": Count, "tail": said(Count, "the last so many bytes")},
         "content, encoding (utf-8 or base64), size, sha256; truncated if it was cut",
     ),
     "write_file": (
         {"path": Text, "content": str},
-        {"encoding": Encoding, "mode": str, "append": bool, "expectedSha256": str | None},
+        {
+            "encoding": Encoding,
+            "mode": str,
+            "append": bool,
+            "expectedSha256": said(str | None, "of what is there; null: nothing"),
+        },
         "bytesWritten, created, sha256",
     ),
     "list_directory": (
         {"path": Text},
-        {"recursive": bool, "glob": Text, "limit": Count, "after": Text},
+        {"recursive": bool, "glob": Text, "limit": Count, "after": said(Text, "where the answer before ended")},
         "entries [{name, type, size, modified, mode}], truncated; next, if so: give it as after",
     ),
     "aws_operation": (
@@ -477,11 +584,49 @@ ORDERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "value; answered by a human: the text, one of the choices, the path of a file, yes or no",
     ),
 }
-COMMANDS = {kind: shape(required, {**ORDER, **optional}) for kind, (required, optional, _) in ORDERS.items()}
-
-FIELDS = {kind: shape({}, {**ORDER, **required, **optional}) for kind, (required, optional, _) in ORDERS.items()}
-
-TYPED = shape({"type": Name}, {})
+# What an agent may say of a command, and what a command says beside what was ordered.
+REPORT = {
+    "status": Status,
+    "outcome": Outcome,
+    "error": str,
+    "agent": said(Name, "who has it, or reports on it"),
+    "lease": said(Run, "s until it is lost, unless it is renewed"),
+    "attempt": said(Count, "which it is, from 1 on; that of another is refused"),
+    "claim": said(Name, "a random text: the same claim again is the same"),
+    "result": Any,
+    "metadata": dict[str, Any],
+}
+PATCH = shape("Report", {}, REPORT)
+TIMES = dict.fromkeys(("createdAt", "updatedAt", "startedAt", "endedAt", "leaseUntil"), Time)
+MARKS = {
+    "cancelRequested": said(bool, "that someone wants it to end"),
+    "inputSize": said(Count, "bytes that were sent to it"),
+    "inputClosed": bool,
+    "idempotencyKey": str,
+    "orderSha256": str,
+    "queuedBy": said(str, "the name of the token"),
+}
+COMMAND = shape("Command", {"type": Name, "status": Status}, {**ORDER, **REPORT, **TIMES, **MARKS})
+OWN_FIELDS = {"id", "revision"}  # of every record; on the wire the key says the one and the cursor the other
+SET_LATER = (
+    OWN_FIELDS
+    | MARKS.keys()
+    | TIMES.keys() - {"createdAt", "updatedAt"}
+    | {"result", "error", "outcome", "agent", "attempt"}
+)
+COMMANDS = {
+    kind: shape(
+        kind,
+        {"type": Literal[kind], **required},
+        {**ORDER, **optional, **dict.fromkeys(sorted(SET_LATER), Own)},
+    )
+    for kind, (required, optional, _) in ORDERS.items()
+}
+FIELDS = {kind: shape(kind, {}, {**ORDER, **required, **optional}) for kind, (required, optional, _) in ORDERS.items()}
+TYPED = shape("Typed", {"type": Name}, {})
+SETTLED = {field for required, optional, _ in ORDERS.values() for field in (*required, *optional, *ORDER)}
+PUSHABLE = {"conversations": MESSAGES, "documents": DOCUMENT, "commands": COMMAND}
+PUSH = shape("Push", {}, {**dict.fromkeys(KINDS, dict[str, Any]), "lastUpdate": Time})
 
 # What /api/kiro/execute takes, each with what is said of anything else; and what /api/kiro/input takes.
 EXECUTE: dict[str, tuple[Any, str]] = {
@@ -489,32 +634,14 @@ EXECUTE: dict[str, tuple[Any, str]] = {
     "args": (list[str], "Args must be an array of strings"),
     "workspacePath": (Text, "WorkspacePath must be a string, the path of a folder"),
 }
-ANSWER = shape({"value": str | bool, "type": InputType, "executionId": Name}, {})
-
-SETTLED = {field for required, optional, _ in ORDERS.values() for field in (*required, *optional, *ORDER)}
-
-# What an agent may say of a command, and what a command says beside what was ordered.
-REPORT = {
-    "status": Status,
-    "outcome": Outcome,
-    "error": str,
-    "agent": Name,
-    "lease": Run,
-    "attempt": Count,
-    "claim": Name,
-}
-REPORT |= {"result": Any, "metadata": dict[str, Any]}
-PATCH = shape({}, REPORT)
-TIMES = dict.fromkeys(("createdAt", "updatedAt", "startedAt", "endedAt", "leaseUntil"), Time)
-MARKS = {"cancelRequested": bool, "inputSize": Count, "inputClosed": bool, "idempotencyKey": str, "orderSha256": str}
-MARKS |= {"queuedBy": str}
-COMMAND = shape({"type": Name, "status": Status}, {**ORDER, **REPORT, **TIMES, **MARKS})
+EXECUTION = shape("Execute", {"command": Text}, {"args": list[str] | None, "workspacePath": Text | None})
+ANSWER = shape("Answer", {"value": str | bool, "type": InputType, "executionId": Name}, {})
 
 # What a file found in the state directory must be.
 FOUND = {
-    "conversations": shape({"messages": MESSAGES}, {}),
-    "documents": shape({"content": str}, {"timestamp": Time}),
-    "commands": shape({"type": Name}, {**ORDER, **REPORT, **TIMES, **MARKS}),
+    "conversations": shape("Found", {"messages": MESSAGES}, {}),
+    "documents": shape("Found", {"content": str}, {"timestamp": Time}),
+    "commands": shape("Found", {"type": Name}, {**ORDER, **REPORT, **TIMES, **MARKS}),
 }
 
 
@@ -4058,7 +4185,7 @@ class Inspection:
         yield from self.shaped(path, AGENT)
 
     def told(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
-        yield from self.shaped(path, shape({"revision": Count, "commands": list[str]}, {}))
+        yield from self.shaped(path, shape("Told", {"revision": Count, "commands": list[str]}, {}))
 
     def used(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
         yield from self.shaped(path, dict[str, Any])
@@ -4235,66 +4362,94 @@ SUBMIT = ("client", "agent", "ide", "admin")
 EXECUTE_AS = ("agent", "ide", "admin")
 
 
-class Route(NamedTuple):
-    """A method and a path, the handler's name, the scopes that it takes, and what may follow the "?".
+class Parameter(NamedTuple):
+    """What may stand in the query, or in a header: its type, and in *words* what it is; and what it is for.
 
-    What more a scope decides, by the type of the command say, is in GRANTS.
+    It is *otherwise* what it is where it is not said; with Required it must be.
+    """
+
+    name: str
+    kind: Any
+    words: str
+    otherwise: Any = ""
+    example: Any = None
+    place: str = "query"
+    most: float = math.inf
+
+    @property
+    def argument(self) -> str:
+        """The name that it has for a handler."""
+        return self.name.lower().replace("-", "_")
+
+    def read(self, texts: Sequence[str]) -> Any:
+        """Return what the *texts* say that were given, each byte a character; raise Malformed."""
+        if not texts and self.otherwise is not Required:
+            return self.otherwise
+        try:
+            (text,) = texts
+            text = text.encode("latin-1").decode()
+            value = msgspec.convert(
+                [*filter(None, text.split(","))] if get_origin(self.kind) is list else text, self.kind, strict=False
+            )
+            return value if self.most is math.inf else min(value, self.most)
+        except (ValueError, UnicodeError):
+            problem = "is required" if not texts else f"must be {self.words.partition(';')[0]}"
+            raise Malformed(self.name, problem) from None
+
+
+def listed(name: str, possible: Any, purpose: str) -> Parameter:
+    """Return a parameter that lists some of what is *possible*, a Literal."""
+    words = f"a list of {', '.join(get_args(possible))}, with commas between; {purpose}"
+    return Parameter(name, list[possible], words, (), [get_args(possible)[0]])
+
+
+class Body(NamedTuple):
+    """What is sent: its shape, or shapes by type; by name, examples; the rule that it must keep, the fields that it may
+    not have, since they are the service's own; and its media type."""
+
+    shape: Any
+    examples: Record
+    rule: Callable[[Record], Record] | None = None
+    own: Container[str] = ()
+    media: str = "application/json"
+
+    def checked(self, sent: Record) -> Record:
+        """Return what was *sent*; raise Malformed if it is not so."""
+        return refuse_own(self.own, self.rule(sent) if self.rule else check(self.shape, sent, ""))
+
+
+class Answer(NamedTuple):
+    """What a route answers: a body of this shape, if any, of this type, under this status and with these headers."""
+
+    shape: Any = None
+    status: int = 200
+    media: str = "application/json"
+    headers: dict[str, Any] = {}
+
+
+class Route(NamedTuple):
+    """A method and a path, the handler's name and the scopes that it takes; what it asks for and takes, what it says,
+    and what it refuses beside what each does (see refusals).
+
+    By this requests are read and checked, and the documentation is made. What more a scope decides, by the type of the
+    command say, is in GRANTS.
     """
 
     method: str
     path: str
     handler: str
     scopes: tuple[str, ...]
-    query: tuple[str, ...] = ()
+    asks: tuple[Parameter, ...] = ()
+    takes: Body | None = None
+    says: tuple[Answer, ...] = ()
+    refuses: tuple[type[Refusal], ...] = ()
 
 
-ROUTES = (
-    Route("GET", "/", "get_home", PUBLIC),
-    Route("GET", "/docs", "get_docs", PUBLIC),
-    Route("GET", "/openapi.json", "get_openapi", PUBLIC),
-    Route("GET", "/health", "get_health", PUBLIC),
-    Route("GET", "/metrics", "get_metrics", READ),
-    Route("GET", "/sync", "get_sync", LOOK, ("since", "wait", "only", "status", "agent")),
-    Route("POST", "/sync", "post_sync", WRITE, ("since",)),
-    Route("POST", "/command", "post_command", SUBMIT, ("wait",)),
-    Route("GET", "/commands", "get_commands", LOOK, ("status", "type", "limit")),
-    Route("POST", "/command/<identity:path>/cancel", "post_cancel", SUBMIT),
-    Route("GET", "/command/<identity:path>/output", "get_output", LOOK, ("stream", "offset", "tail", "wait")),
-    Route(
-        *("POST", "/command/<identity:path>/output", "post_output", EXECUTE_AS),
-        ("stream", "offset", "attempt", "agent", "claim"),
-    ),
-    Route("POST", "/command/<identity:path>/input", "post_input", WRITE),
-    Route("GET", "/command/<identity:path>", "get_command", LOOK, ("wait",)),
-    Route("PATCH", "/command/<identity:path>", "patch_command", SUBMIT),
-    Route("DELETE", "/<kind:re:conversation|document|command>/<identity:path>", "delete", WRITE),
-    Route("GET", "/agents", "get_agents", LOOK),
-    Route("PUT", "/agents/<identity:path>", "put_agent", EXECUTE_AS),
-    Route("PATCH", "/agents/<identity:path>", "patch_agent", EXECUTE_AS),
-    Route("DELETE", "/agents/<identity:path>", "delete_agent", EXECUTE_AS),
-    Route("POST", "/api/kiro/execute", "post_execute", WRITE),
-    Route("GET", "/api/kiro/status", "get_kiro_status", READ),
-    Route("POST", "/api/kiro/input", "post_kiro_input", WRITE),
-)
-
-OWN_FIELDS = {"id", "revision"}  # of every record; on the wire the key says the one and the cursor the other
-SET_LATER = (
-    OWN_FIELDS
-    | MARKS.keys()
-    | TIMES.keys() - {"createdAt", "updatedAt"}
-    | {"result", "error", "outcome", "agent", "attempt"}
-)
-
-
-def refuse_own(own: set[str], record: Record, where: str = "") -> None:
-    """Raise Malformed if *record* has a field that is the service's *own*."""
-    if taken := own & record.keys():
+def refuse_own(own: Container[str], record: Record, where: str = "") -> Record:
+    """Return *record*; raise Malformed if it has a field that is the service's *own*."""
+    if taken := [key for key in record if key in own]:
         raise Malformed(f"{where}{min(taken)}", "is set by the service; send it under another name")
-
-
-def check_announcement(kind: Any, said: Record) -> Record:
-    refuse_own({"present", "lastSeen"}, check(kind, said, ""))
-    return said
+    return record
 
 
 def check_push(push: Record) -> Record:
@@ -4306,7 +4461,7 @@ def check_push(push: Record) -> Record:
         for identity, record in push.get(kind, {}).items():
             where = f"{kind}.{identity[:ID_CHARACTERS]}"
             check_id(identity, where)
-            check({"conversations": MESSAGES, "documents": DOCUMENT, "commands": COMMAND}[kind], record, where)
+            check(PUSHABLE[kind], record, where)
             if kind == "documents":
                 refuse_own(OWN_FIELDS, record, f"{where}.")
             if kind == "commands" and record["status"] == "pending":
@@ -4314,6 +4469,205 @@ def check_push(push: Record) -> Record:
             elif kind == "commands":
                 check(FIELDS.get(record["type"], TYPED), record, where)
     return push
+
+
+# What may be asked
+
+SINCE = Parameter("since", str, "a cursor; one that is not known gives everything", None)
+WAIT = Parameter(
+    "wait", Seconds, f"a number of seconds, 0 to {WAIT_S}; the answer may be held so long", 0.0, 0, most=WAIT_S
+)
+ONLY = listed("only", Kind, "the kinds that are told; else all")
+STATUSES = listed("status", Status, "the commands that are told; else all")
+TYPES = listed("type", Literal[tuple(ORDERS)], "the commands that are told; else all")
+LIMIT = Parameter("limit", Count, "a whole number; so many are told", 100, 20)
+ASKING = Parameter("agent", Speaker, "the name of an agent; that which asks, and so is there")
+STREAM = Parameter("stream", Stream, f"one of {', '.join(get_args(Stream))}; which", "stdout", "stdout")
+PRINTED = STREAM._replace(kind=Printed, words=f"one of {', '.join(get_args(Printed))}; which")
+OFFSET = Parameter("offset", Count, "a whole number; from which byte on", 0, 0)
+PLACE = OFFSET._replace(words="a whole number; where the first byte belongs", otherwise=Required)
+TAIL = Parameter("tail", Count, "a whole number; the last so many bytes, and no offset", None)
+ATTEMPT = Parameter("attempt", Count, "a whole number; taken only from who has the command in this attempt", None)
+HOLDER = Parameter("agent", Speaker, "the name of an agent; taken only if it has the command", None)
+CLAIM = Parameter("claim", str, "a text; taken only from who claimed the command with it", None)
+KEY = Parameter(
+    "Idempotency-Key",
+    Key,
+    f"up to {KEY_CHARACTERS} characters of ASCII; the same again is not done again",
+    place="header",
+)
+PREFER = Parameter("Prefer", str, "a list; with respond-async the answer is 202 at once", place="header")
+UNLESS = Parameter("If-None-Match", str, "an ETag; if nothing has changed since, the answer is 304", place="header")
+
+# What is taken
+
+BASH = {"type": "execute_bash", "command": "uname -a"}
+EXAMPLES: dict[str, Record] = {
+    **{"execute_bash": BASH, "read_file": {"path": "/etc/hostname"}},
+    "write_file": {"path": "/tmp/hello.txt", "content": "hello\n"},
+    **{"list_directory": {"path": "/tmp", "limit": 20}, "code_search": {"query": "def main", "path": "/srv"}},
+    "aws_operation": {"service": "s3", "operation": "list-buckets", "parameters": {}},
+    "kiro_command": {"command": "workbench.action.showCommands"},
+    "user_input": {"prompt": "Shall it be deployed?", "inputType": "confirmation"},
+}
+TALK = {"conversations": {"conv-1": [{"role": "user", "content": "hi", "timestamp": 1710338438173}]}}
+SCRIPT = {"documents": {"doc-1": {"path": "/srv/app.js", "content": "const http", "timestamp": 1710338450000}}}
+SENT = shape("Sent", {}, {**{kind: by_id(each, Id) for kind, each in PUSHABLE.items()}, "lastUpdate": Time})
+ORDERED = Body(COMMANDS, {kind: {"type": kind, **said} for kind, said in EXAMPLES.items()}, check_command, SET_LATER)
+PUSHED_STATE = Body(SENT, {"a message": TALK, "a document": SCRIPT}, check_push)
+REPORTED = Body(
+    PATCH,
+    {
+        "a claim": {"status": "processing", "agent": "my-agent", "lease": 30, "claim": "0c5a7e1f"},
+        "an end": {"status": "completed", "result": {"stdout": "hello\n", "stderr": "", "exitCode": 0}},
+    },
+)
+TYPED_IN = Body(INPUT, {"a line": {"data": "yes\n"}, "the end": {"close": True}})
+BYTES = Body(bytes, {"output": "hello\n"}, media="application/octet-stream")
+ANNOUNCED = Body(AGENT, {"an agent": {"kind": "agent", "types": ["execute_bash"], "version": "1"}}, own=FOUND_OUT)
+RENEWED = Body(AGENT_PATCH, {"it is there": {}, "it takes less": {"types": ["read_file"]}}, own=FOUND_OUT)
+EXECUTED = Body(EXECUTION, {"a command": {"command": "workbench.action.showCommands", "args": []}}, dict)
+ANSWERED = Body(ANSWER, {"yes": {"value": "yes", "type": "confirmation", "executionId": "cmd-1710338480000-xyz789"}})
+
+# What is answered
+
+SERVER = shape("Server", {"running": bool, "port": Count, "host": str, "uptime": Seconds}, {})
+QUEUE = shape("Queue", {"pending": Count, "processing": Count, "oldestPendingMs": Time | None}, {})
+SEEN = shape("Seen", {"kind": AgentKind, "present": bool, "lastSeen": Iso}, {})
+WELL = shape(
+    "Health",
+    {"status": Literal["healthy", "unhealthy"], "ready": bool, "timestamp": Iso, "server": SERVER},
+    {"problem": str, "queue": QUEUE, "agents": by_id(SEEN)},
+)
+STATE = shape(
+    "State",
+    {"lastUpdate": Time, "cursor": str, "serverTime": Time},
+    {
+        **{kind: by_id(each) for kind, each in PUSHABLE.items()},
+        "deleted": said(dict[str, list[str]], "ids by kind: take them out"),
+        "full": said(bool, "that this is all there is, and no change of what you have"),
+    },
+)
+TOLD = {"type": Name, **ORDER, **REPORT, **TIMES, **MARKS}
+HERE = shape("PresentAgent", {"kind": AgentKind, "types": list[Name], "lastSeen": Time, "present": bool}, ABOUT)
+QUESTION = shape(
+    "Question",
+    {"id": str, "prompt": str, "type": InputType, "createdAt": Iso, "expiresAt": Iso},
+    {"executionId": str, "choices": list[str], "metadata": dict[str, Any]},
+)
+RUNNING = shape(
+    "Execution",
+    {"executionId": str, "status": Status, "agent": str | None, "createdAt": Iso},
+    {"command": str, "args": list[str], "workspacePath": str},
+)
+EDITOR = shape(
+    "Editor",
+    {
+        "status": Literal["ready", "busy", "unavailable"],
+        "availableCommands": list[str],
+        "timestamp": Iso,
+        "pendingInputs": many(QUESTION),
+        "executions": many(RUNNING),
+    },
+    {"currentCommand": str, "version": str, "reason": Literal["not_running", "not_responding"], "message": str},
+)
+PRINT = {"X-Output-Offset": Count, "X-Output-Next": Count, "X-Output-End": bool, "X-Output-Truncated": bool}
+PRINT |= {"X-Command-Status": Status}
+TAG = {"ETag": str}
+
+HTML, TEXT = "text/html", "text/plain"
+PAGE_OF_HTML = Answer(str, media=HTML)
+ABOUT_US = Answer(shape("About", dict.fromkeys(("service", "version", "docs", "health"), str), {}))
+DOCUMENTED = Answer(dict[str, Any])
+HEALTHY = Answer(WELL)
+UNHEALTHY = Answer(WELL, 503)
+FIGURES = Answer(str, media=TEXT)
+ALL = Answer(STATE, headers=TAG)
+UNCHANGED = Answer(status=304, headers=TAG)
+MERGED = Answer(shape("Merged", {"status": Literal["updated", "current"], "data": STATE}, {}))
+QUEUED = Answer(
+    shape("Queued", {"commandId": str, "status": Status}, TOLD), headers={"Idempotent-Replayed?": Literal["true"]}
+)
+SOME = Answer(shape("Commands", {"commands": by_id(COMMAND)}, {}))
+ONE = Answer(COMMAND)
+OUTPUT = Answer(str, media=TEXT, headers=PRINT)
+ADDED = Answer(shape("Added", {"size": Count}, {"truncated": bool}))
+TAKEN = Answer(shape("Taken", {"size": Count, "closed": bool}, {}))
+DELETED = Answer(shape("Deleted", {"deleted": str}, {}))
+AGENTS_HERE = Answer(shape("Agents", {"agents": by_id(HERE)}, {}))
+NOTED = Answer(shape("Noted", {"agent": str}, {}))
+DONE = {"success": Literal[True], "executionId": str}
+SUCCESS = Answer(shape("Success", {**DONE, "output": str, "executionTimeMs": Count}, {}))
+UNDERWAY = Answer(
+    shape("Accepted", {"executionId": str, "status": Status}, {}), 202, headers={"Preference-Applied?": str}
+)
+IDE = Answer(EDITOR)
+HEARD = Answer(shape("Heard", DONE, {}))
+
+COMMAND_AT, AGENT_AT = "/command/<identity:path>", "/agents/<identity:path>"
+CONTENTS = {
+    "Service": (
+        Route("GET", "/", "get_home", PUBLIC, says=(ABOUT_US, PAGE_OF_HTML)),
+        Route("GET", "/docs", "get_docs", PUBLIC, says=(PAGE_OF_HTML,)),
+        Route("GET", "/openapi.json", "get_openapi", PUBLIC, says=(DOCUMENTED,)),
+        Route("GET", "/health", "get_health", PUBLIC, says=(HEALTHY, UNHEALTHY)),
+        Route("GET", "/metrics", "get_metrics", READ, says=(FIGURES,)),
+    ),
+    "Sync": (
+        Route("GET", "/sync", "get_sync", LOOK, (SINCE, WAIT, ONLY, STATUSES, ASKING, UNLESS), None, (ALL, UNCHANGED)),
+        Route("POST", "/sync", "post_sync", WRITE, (SINCE,), PUSHED_STATE, (MERGED,)),
+    ),
+    "Commands": (
+        Route("POST", "/command", "post_command", SUBMIT, (WAIT, KEY), ORDERED, (QUEUED,), (Unprocessable,)),
+        Route("GET", "/commands", "get_commands", LOOK, (STATUSES, TYPES, LIMIT), None, (SOME,)),
+        Route("POST", f"{COMMAND_AT}/cancel", "post_cancel", SUBMIT, says=(ONE,), refuses=(NotFound, Conflict)),
+        Route(
+            *("GET", f"{COMMAND_AT}/output", "get_output", LOOK),
+            *((STREAM, OFFSET, TAIL, WAIT), None, (OUTPUT,), (NotFound,)),
+        ),
+        Route(
+            *("POST", f"{COMMAND_AT}/output", "post_output", EXECUTE_AS),
+            *((PRINTED, PLACE, ATTEMPT, HOLDER, CLAIM), BYTES, (ADDED,), (NotFound, Conflict)),
+        ),
+        Route("POST", f"{COMMAND_AT}/input", "post_input", WRITE, (), TYPED_IN, (TAKEN,), (NotFound, Conflict)),
+        Route("GET", COMMAND_AT, "get_command", LOOK, (WAIT,), None, (ONE,), (NotFound,)),
+        Route("PATCH", COMMAND_AT, "patch_command", SUBMIT, (), REPORTED, (ONE,), (NotFound, Conflict)),
+    ),
+    "Records": (
+        Route(
+            *("DELETE", "/<kind:re:conversation|document|command>/<identity:path>", "delete", WRITE),
+            *((), None, (DELETED,), (NotFound, Conflict)),
+        ),
+    ),
+    "Agents": (
+        Route("GET", "/agents", "get_agents", LOOK, says=(AGENTS_HERE,)),
+        Route("PUT", AGENT_AT, "put_agent", EXECUTE_AS, (), ANNOUNCED, (NOTED,)),
+        Route("PATCH", AGENT_AT, "patch_agent", EXECUTE_AS, (), RENEWED, (NOTED,), (NotFound,)),
+        Route("DELETE", AGENT_AT, "delete_agent", EXECUTE_AS, says=(DELETED,), refuses=(NotFound,)),
+    ),
+    "Editor": (
+        Route(
+            *("POST", "/api/kiro/execute", "post_execute", WRITE, (PREFER, KEY), EXECUTED, (SUCCESS, UNDERWAY)),
+            (ValidationFailed, TimedOut, Unexecuted, Unprocessable, Unavailable),
+        ),
+        Route("GET", "/api/kiro/status", "get_kiro_status", READ, says=(IDE,)),
+        Route(
+            *("POST", "/api/kiro/input", "post_kiro_input", WRITE, (), ANSWERED, (HEARD,)),
+            (ValidationFailed, Unfitting, NotFound, TimedOut, Conflict),
+        ),
+    ),
+}
+ROUTES = tuple(itertools.chain(*CONTENTS.values()))
+ALWAYS: tuple[type[Refusal], ...] = (Malformed, TooSlow, HeadTooLarge, TooMany, Broken, Busy)  # may be refused to all
+
+
+def refusals(route: Route) -> list[type[Refusal]]:
+    """Return all that *route* may refuse."""
+    unknown = (Unauthorized, Forbidden) if route.scopes else ()
+    large = (TooLarge,) if route.takes else ()
+    other = (NotJson,) if route.takes and route.takes.media == "application/json" else ()
+    full = (Full,) if route.method != "GET" else ()
+    return [*ALWAYS, *unknown, *large, *other, *full, *route.refuses]
 
 
 def take_push(pen: Pen, push: Record, asker: Token) -> str:
@@ -4362,7 +4716,6 @@ def take_command(pen: Pen, identity: str, command: Record, asker: Token) -> None
 def report(pen: Pen, identity: str, patch: Record) -> Record:
     """Return the command after an agent's *patch*; raise NotFound, Conflict or Malformed."""
     known = existing("commands", pen.get("commands", identity))
-    check(PATCH, patch, "")
     if known["type"] == "user_input" and known["status"] == "pending" and patch.get("status") == "completed":
         known = advance(known, {"status": "processing"}, pen.now)  # a human answers at once
     return put_command(pen, known, advance(known, patch, pen.now))
@@ -4376,9 +4729,8 @@ def queue(pen: Pen, order: Record, key: str = "", **more: str) -> tuple[Record, 
     """Return the command that *order* becomes, and whether it is one that was queued before with the same *key*.
 
     The id is made from the key, so that it is found, and remembered for as long as the command is.
-    A new one says *more* (a target). Raises Malformed, or Unprocessable if the key was used for another order.
+    A new one says *more* (a target). Raises Unprocessable if the key was used for another order.
     """
-    refuse_own(SET_LATER, check_command(order))
     sha256 = digest(canonical(order))
     identity = id_of_key(key) if key else f"cmd-{pen.now}-{secrets.token_hex(5)}"
     known = pen.get("commands", identity) if key else None
@@ -4988,7 +5340,7 @@ class Service:
         self.app.default_error_handler = self.unrouted
         self.app.install(self)
         for route in ROUTES:
-            self.app.route(route.path, route.method, getattr(self, route.handler), scopes=route.scopes)
+            self.app.route(route.path, route.method, getattr(self, route.handler), declared=route)
 
     def begin(self, store: Store, audit: Audit | None = None, notifier: Notifier | None = None) -> None:
         """Answer from *store* from now on, enter its changes in *audit*, and tell them to *notifier*.
@@ -5007,9 +5359,14 @@ class Service:
         return self.opened
 
     def apply(self, handler: Callable[..., Any], route: Any) -> Callable[..., Any]:
-        return lambda **arguments: self.answer(
-            lambda: handler(**arguments), route.config["scopes"], readable(route.rule)
-        )
+        declared: Route = route.config["declared"]
+        path = readable(declared.path)
+
+        def ask(**places: str) -> Any:
+            bottle.request.environ["kirosync.route"] = declared
+            return self.answer(lambda: handler(**places, **arguments_of(declared)), declared.scopes, path)
+
+        return ask
 
     def unrouted(self, error: Any) -> Any:
         """Answer what Bottle could not route: 404 and 405, for who has a token."""
@@ -5123,7 +5480,7 @@ class Service:
     # What a request says
 
     def body(self) -> Record:
-        """Return the JSON object that was sent; raise NotJson, TooLarge or Malformed."""
+        """Return the JSON object that was sent, which is what the route takes; raise NotJson, TooLarge or Malformed."""
         kind = header("Content-Type").partition(";")[0].strip().lower()
         if kind not in ("", "application/json") and not kind.endswith("+json"):
             raise NotJson(f"the body is {kind}; send JSON, with Content-Type: application/json")
@@ -5132,11 +5489,12 @@ class Service:
             raise Malformed("", "the body is empty; a JSON object belongs there")
         gc.disable()  # it would look again and again at what is made: 8 s instead of one, in which nobody is answered
         try:
-            return check(dict[str, Any], parse(raw), "")  # type: ignore[no-any-return]
+            sent = check(dict[str, Any], parse(raw), "")
         except Malformed as problem:
             raise Malformed("", f"the body is no JSON object: {problem}") from None
         finally:
             gc.enable()
+        return bottle.request.environ["kirosync.route"].takes.checked(sent)  # type: ignore[no-any-return]
 
     def raw(self) -> bytes:
         """Return the bytes that were sent, with room to work on them until put_away(); raise TooLarge or Busy."""
@@ -5152,30 +5510,6 @@ class Service:
         """Give back the room that the work on a body took."""
         if length := bottle.request.environ.pop("kirosync.work", 0):
             self.work.give(length)
-
-    def number(self, name: str, default: int = -1) -> int:
-        """Return the whole number that the query parameter *name* is, or *default* if it is not there."""
-        text = bottle.request.query.get(name)
-        if text is not None and not re.fullmatch(r"[0-9]{1,15}", text):
-            raise Malformed(name, "must be a whole number")
-        return default if text is None else int(text)
-
-    def seconds(self, name: str = "wait") -> float:
-        """Return how long (s) the caller is ready to wait, at most WAIT_S."""
-        text = bottle.request.query.get(name)
-        if text is None:
-            return 0
-        if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", text):
-            raise Malformed(name, f"must be a number of seconds, 0 to {WAIT_S}")
-        return min(float(text), WAIT_S)
-
-    def listed(self, name: str, possible: Iterable[str]) -> list[str]:
-        """Return what the query parameter *name* lists, separated by commas, each of which must be *possible*."""
-        names = [part for part in (bottle.request.query.get(name) or "").split(",") if part]
-        for part in names:
-            if part not in possible:
-                raise Malformed(name, f"{part!r} is not one of {', '.join(possible)}")
-        return names
 
     def hold(
         self,
@@ -5332,7 +5666,9 @@ class Service:
         ]
         return "".join(itertools.starmap(exposed, figures)).encode()
 
-    def get_sync(self) -> list[bytes]:
+    def get_sync(
+        self, *, since: str | None, wait: float, only: list[str], status: list[str], agent: str, if_none_match: str
+    ) -> list[bytes]:
         """All conversations, documents and commands, with lastUpdate and a cursor.
 
         ?since=CURSOR gives what changed after it: of a conversation the new messages, and in "deleted"
@@ -5342,46 +5678,44 @@ class Service:
         filter. The ETag, sent back as If-None-Match, gives 304 when nothing has changed. &agent=NAME says who asks:
         an agent that is there for as long as it does.
         """
-        query, kinds, statuses = bottle.request.query, self.listed("only", KINDS), self.listed("status", NEXT)
-        agent = check_id(query.getunicode("agent", ""), "agent") if query.get("agent") else ""
-        since, seconds = query.get("since"), self.seconds()
-        kinds = kinds or [kind for kind in KINDS if kind in GRANTS[self.asker.scope].reads]
+        agent = agent and check_id(agent, "agent")
+        kinds = only or [kind for kind in KINDS if kind in GRANTS[self.asker.scope].reads]
         for kind in kinds:
             self.asker.may(f"read {kind}", "reads", kind)
         if agent:
             self.permit_agent(agent)
-        if since and seconds:
+        if since and wait:
 
             def ready() -> bool:
                 self.store.refresh()
-                return self.saw(agent) and self.store.known_after(since, kinds).touches(kinds, statuses)
+                return self.saw(agent) and self.store.known_after(since, kinds).touches(kinds, status)
 
-            self.hold(ready, seconds, [(kind,) for kind in kinds], in_turn=not statuses)
+            self.hold(ready, wait, [(kind,) for kind in kinds], in_turn=not status)
         self.saw(agent)
         self.store.refresh()
-        if (tag := f'W/"{self.store.cursor}"') in header("If-None-Match"):
+        if (tag := f'W/"{self.store.cursor}"') in if_none_match:
             bottle.response.status = 304
             bottle.response.set_header("ETag", tag)
             return []
         delta = self.store.known_after(since, kinds)
-        if "commands" in kinds and not statuses and bottle.request.method == "GET":
+        if "commands" in kinds and not status and bottle.request.method == "GET":
             self.told.up_to(delta.since or delta.revision)
         bottle.response.set_header("ETag", f'W/"{delta.cursor}"')
-        return show(delta, self.store.last_update, self.store.clock(), kinds, statuses)
+        return show(delta, self.store.last_update, self.store.clock(), kinds, status)
 
-    def post_sync(self) -> list[bytes]:
+    def post_sync(self, since: str | None) -> list[bytes]:
         """Merge what is sent, the whole state or a part of it: {"status": "updated" | "current", "data": state}.
 
         "updated" if the lastUpdate sent is later than the server's, which then becomes the one sent. The
         records are merged in both cases: no message is dropped because of a clock. With ?since=CURSOR the
         data is what changed after it, and what became of that which was sent.
         """
-        push, asker = check_push(self.body()), self.asker
+        push, asker = self.body(), self.asker
         known = self.store.entries["commands"]
         new = [each for identity, each in push.get("commands", {}).items() if identity not in known]
         self.check_open(sum(each["status"] not in ENDED for each in new))
         status = self.store.change(lambda pen: take_push(pen, push, asker))
-        delta = self.store.delta(bottle.request.query.get("since"))
+        delta = self.store.delta(since)
         self.told.up_to(delta.since or delta.revision)
         for kind in KINDS:
             for identity in push.get(kind, {}) if delta.since else ():
@@ -5423,48 +5757,42 @@ class Service:
             )
             raise TooMany(sentence, OPEN_PAUSE_S)
 
-    def key(self) -> str:
-        """Return the Idempotency-Key, "" if there is none."""
-        key = header("Idempotency-Key")
-        if not re.fullmatch(rf"[ -~]{{0,{KEY_CHARACTERS}}}", key):
-            raise Malformed("Idempotency-Key", f"must be up to {KEY_CHARACTERS} characters of ASCII")
-        return key if self.asker.name == MASTER or not key else f"{self.asker.name}:{key}"  # each has its own
+    def key(self, idempotency_key: str) -> str:
+        """Return the key under which a command is remembered, "" if there is none: each who asks has their own."""
+        own = self.asker.name == MASTER or not idempotency_key
+        return idempotency_key if own else f"{self.asker.name}:{idempotency_key}"
 
-    def post_command(self) -> Any:
+    def post_command(self, wait: float, idempotency_key: str) -> Any:
         """Queue a command: {"commandId", "status": "pending"}. ?wait=SECONDS answers when it has ended.
 
         With a header Idempotency-Key it can be sent again without harm: for as long as the command is kept, the
         same key with the same body answers as that command stands, and with another body 422.
         """
-        order, seconds, key, asker = self.body(), self.seconds(), self.key(), self.asker
-        asker.may(f"queue {order.get('type')}", "queues", str(order.get("type")))
+        order, key, asker = self.body(), self.key(idempotency_key), self.asker
+        asker.may(f"queue {order['type']}", "queues", order["type"])
         self.check_open(0 if key and self.store.get("commands", id_of_key(key)) else 1)
         command, known = self.store.change(partial(queue, order=order, key=key, queuedBy=asker.name))
         if known:
             bottle.response.set_header("Idempotent-Replayed", "true")
         identity, status = command["id"], command["status"]
         del order, command  # which may be large, while it is waited for
-        if seconds:
-            self.hold_until_ended(identity, seconds)
-        entry = self.store.get("commands", identity) if seconds else None
+        if wait:
+            self.hold_until_ended(identity, wait)
+        entry = self.store.get("commands", identity) if wait else None
         shown = self.tell(identity, entry).record(identity) if entry else {"status": status}
         return {"commandId": identity, **without(shown, "id")}
 
-    def get_commands(self) -> Record:
+    def get_commands(self, status: list[str], type: list[str], limit: int) -> Record:
         """{"commands": {id: command}}, the latest first. ?status=, ?type= and ?limit= (100) choose."""
-        query, statuses = bottle.request.query, self.listed("status", NEXT)
-        kinds, limit = self.listed("type", COMMANDS), query.get("limit", "100")
-        if not re.fullmatch(r"\d{1,6}", limit):
-            raise Malformed("limit", "must be a whole number")
         entries = sorted(self.store.all("commands").items(), key=lambda item: -item[1].revision)
-        wanted = ((identity, entry) for identity, entry in entries if not statuses or entry.content.status in statuses)
+        wanted = ((identity, entry) for identity, entry in entries if not status or entry.content.status in status)
         records = ((identity, self.tell(identity, entry).content.record()) for identity, entry in wanted)
-        chosen = ((identity, command) for identity, command in records if not kinds or command["type"] in kinds)
-        return {"commands": dict(itertools.islice(chosen, int(limit)))}
+        chosen = ((identity, command) for identity, command in records if not type or command["type"] in type)
+        return {"commands": dict(itertools.islice(chosen, limit))}
 
-    def get_command(self, identity: str) -> bytes:
+    def get_command(self, identity: str, wait: float) -> bytes:
         """The command as it stands. ?wait=SECONDS answers when it has ended, or with its state by then."""
-        self.hold_until_ended(identity, self.seconds())
+        self.hold_until_ended(identity, wait)
         return self.tell(identity, existing("commands", self.store.get("commands", identity))).newer()
 
     def tell(self, identity: str, entry: Entry) -> Entry:
@@ -5497,23 +5825,22 @@ class Service:
         self.permit("cancel", "queues", identity)
         return without(self.store.change(lambda pen: cancel_command(pen, identity)), "id")
 
-    def get_output(self, identity: str) -> Any:
+    def get_output(self, identity: str, stream: str, offset: int, tail: int | None, wait: float) -> Any:
         """What a command has printed so far, as bytes: of ?stream=stdout, stderr, or stdin (what was sent to it).
 
         From ?offset=N on, or the last ?tail=N bytes. ?wait=SECONDS answers when there is any, or it has ended.
         The header X-Output-Next is the offset to go on at; with X-Output-End: true there will be no more. The first
         64 MiB are kept: X-Output-Truncated: true says that there was more, of which the result has the end.
         """
-        stream, offset, tail = self.stream(STREAMS), self.number("offset", 0), self.number("tail")
 
         def ready() -> bool:
             entry = self.store.get("commands", identity)
             return entry is None or entry.content.status in ENDED or self.store.extent(identity, stream) != offset
 
-        self.hold(ready, self.seconds(), [("commands", identity)], OUTPUT_POLL_S)
+        self.hold(ready, wait, [("commands", identity)], OUTPUT_POLL_S)
         command = existing("commands", self.store.get("commands", identity)).record(identity)
         size = self.kept(command, stream)
-        start = offset if tail < 0 else max(0, size - tail)
+        start = offset if tail is None else max(0, size - tail)
         if start > size:
             raise Malformed("offset", f"there are {size} bytes of {stream}")
         cut = size >= OUTPUT_BYTES or size < size_told_by(command, stream)
@@ -5544,20 +5871,19 @@ class Service:
             return int(command.get("inputSize", 0))
         return self.store.extent(command["id"], stream) or len(told_by(command, stream))
 
-    def post_output(self, identity: str) -> Record:
+    def post_output(
+        self, identity: str, *, stream: str, offset: int, attempt: int | None, agent: str | None, claim: str | None
+    ) -> Record:
         """Add to what a command that is being executed has printed; for agents. The body is bytes: {"size"}.
 
         ?stream= is stdout or stderr, ?offset= where the bytes belong: sent again they change nothing. With
         ?attempt=, ?agent= and ?claim= they are taken only from who holds the command. 64 MiB are kept.
         """
-        stream, offset, query = self.stream(("stdout", "stderr")), self.number("offset"), bottle.request.query
-        if offset < 0:
-            raise Malformed("offset", "is required")
         command = self.permit("take", "takes", identity)
         if command["status"] != "processing":
             raise Conflict(f"{identity} is {command['status']}: it prints nothing", status=command["status"])
-        held: Record = {name: query.getunicode(name) for name in ("agent", "claim") if name in query}
-        check_holder(command, {**held, "attempt": self.number("attempt", command.get("attempt", 1))})
+        held = {"agent": agent, "claim": claim, "attempt": attempt}
+        check_holder(command, {name: said for name, said in held.items() if said is not None})
         piece = self.raw()
         size = self.store.append(identity, stream, offset, piece)
         return {"size": size, **({"truncated": True} if size < offset + len(piece) else {})}
@@ -5568,18 +5894,11 @@ class Service:
         The answer is how much was sent by now: {"size", "closed"}. With "offset", where the data belongs (bytes), it
         can be sent again without harm. "encoding": "base64" is for what is no text.
         """
-        said = check(INPUT, self.body(), "")
+        said = self.body()
         typed = decoded(said.get("data", ""), said.get("encoding", "utf-8"))
         offset, close = said.get("offset"), said.get("close", False)
         command = self.store.change(lambda pen: type_in(pen, identity, typed, offset, close))
         return {"size": command["inputSize"], "closed": command["inputClosed"]}
-
-    def stream(self, possible: Iterable[str]) -> str:
-        """Return the query parameter "stream", one of those that are *possible*."""
-        stream = str(bottle.request.query.get("stream", "stdout"))
-        if stream not in possible:
-            raise Malformed("stream", f"{stream!r} is not one of {', '.join(possible)}")
-        return stream
 
     def delete(self, kind: str, identity: str) -> Record:
         """Remove a conversation, a document, or a command that is not running.
@@ -5614,14 +5933,14 @@ class Service:
         "version" and more as it likes; an IDE says its "availableCommands", "workspaceFolders" (paths) and, as
         "focusedAt" (ms), when its window was last in front. It replaces what was said before.
         """
-        said = check_announcement(AGENT, self.body())
+        said = self.body()
         self.permit_agent(identity, said["kind"])
         self.store.change(lambda pen: pen.announce(identity, said))
         return {"agent": identity}
 
     def patch_agent(self, identity: str) -> Record:
         """Change some of what an agent said of itself; {} says that it is there. 404: it must announce itself anew."""
-        patch = check_announcement(AGENT_PATCH, self.body())
+        patch = self.body()
         self.permit_agent(identity, patch.get("kind"))
         if patch:
             self.store.change(lambda pen: pen.announce(identity, {**existing("agents", pen.agent(identity)), **patch}))
@@ -5638,7 +5957,7 @@ class Service:
 
     # What an editor executes, and a human answers
 
-    def post_execute(self) -> Record:
+    def post_execute(self, prefer: str, idempotency_key: str) -> Record:
         """Have an IDE execute {command, args?: [text], workspacePath?}: {success, output, executionTimeMs}.
 
         422 if it failed, if 3 are being executed, or if no window has workspacePath open; 503 if no IDE takes commands;
@@ -5646,10 +5965,10 @@ class Service:
         respond-async the answer is 202 at once, as it is when too many requests wait. An Idempotency-Key is as for
         POST /command. Without one, the same asked again by who hung up before the answer is not executed again.
         """
-        order, key = execution_of(self.kiro_body(), self.execute_s), self.key()
+        order, key = execution_of(self.kiro_body(), self.execute_s), self.key(idempotency_key)
         self.check_open(1)
         caller = Caller(self.asker.name, digest(canonical(order)), bottle.request.environ.get("kirosync.channel"))
-        at_once = "respond-async" in {each.partition(";")[0].strip().lower() for each in header("Prefer").split(",")}
+        at_once = "respond-async" in {each.partition(";")[0].strip().lower() for each in prefer.split(",")}
         command = self.editors.start(order, key, caller, not at_once)
         try:
             if at_once or not self.hold_execution(command) or caller.has_hung_up():
@@ -5693,10 +6012,7 @@ class Service:
         fit; 404 if nothing is waiting; 408 if it has timed out; 409 if it might be the answer to another question of
         that execution. To refuse to answer, cancel the question.
         """
-        try:
-            said = check(ANSWER, self.kiro_body(), "")
-        except Malformed as problem:
-            raise ValidationFailed(str(problem), field=problem.details["field"]) from None
+        said = self.kiro_body()
         question = self.editors.question(said)
         self.store.change(lambda pen: answer_question(pen, question, said))
         return {"success": True, "executionId": said["executionId"]}
@@ -5706,7 +6022,7 @@ class Service:
         try:
             return self.body()
         except Malformed as problem:
-            raise ValidationFailed(str(problem)) from None
+            raise ValidationFailed(str(problem), **problem.details) from None
 
     def hold_until_ended(self, identity: str, seconds: float) -> None:
         """Return when the command has ended, or is not there; or after *seconds*."""
@@ -5821,6 +6137,17 @@ class Service:
             return float("inf"), command
         left = min(moment - self.store.clock(), moment - command["updatedAt"])
         return time.monotonic() + left / 1000, command
+
+
+def arguments_of(route: Route) -> Record:
+    """Return what a request says in its query and its headers, as *route* asks for it, by the handler's arguments."""
+    query = bottle.request.query
+    return {
+        each.argument: each.read(
+            query.getall(each.name) if each.place == "query" else [*filter(None, [header(each.name)])]
+        )
+        for each in route.asks
+    }
 
 
 def header(name: str) -> str:
@@ -5957,23 +6284,129 @@ def readable(path: str) -> str:
     return re.sub("<identity.*?>", "ID", re.sub("<kind.*?>", "KIND", path))
 
 
-def operation(route: Route) -> Record:
+SCHEMA, IDENTITY = "#/components/schemas/{name}", {"$ref": "#/components/parameters/id"}
+REQUEST_ID = {"X-Request-Id": {"$ref": "#/components/headers/X-Request-Id"}}
+
+
+def schema_of(kind: Any, known: Record) -> Record:
+    """Return the schema of *kind*, bytes among them; those that it refers to become *known* by their names."""
+    if kind is bytes:
+        return {"type": "string", "format": "binary"}
+    if isinstance(kind, dict):
+        one_of = [schema_of(one, known) for one in kind.values()]
+        mapping = {name: one["$ref"] for name, one in zip(kind, one_of, strict=True)}
+        return {"oneOf": one_of, "discriminator": {"propertyName": "type", "mapping": mapping}}
+    (schema,), more = msgspec.json.schema_components([kind], ref_template=SCHEMA)
+    known |= more
+    return schema
+
+
+def paths_of(route: Route) -> dict[str, str]:
+    """Return the paths of *route* as OpenAPI writes them, and the name of the operation: one for each of its kinds."""
+    path = route.path.replace("<identity:path>", "{id}")
+    if not (choice := re.search(r"<kind:re:(.*?)>", path)):
+        return {path: route.handler}
+    return {path.replace(choice[0], kind): f"{route.handler}_{kind}" for kind in choice[1].split("|")}
+
+
+def parameter(asked: Parameter, known: Record) -> Record:
+    """Return what OpenAPI says of a parameter."""
+    schema = schema_of(asked.kind, known)
+    must = asked.otherwise is Required
+    default = {"default": asked.otherwise} if asked.otherwise and not must else {}
+    plain = {"style": "form", "explode": False} if schema.get("type") == "array" else {}
+    example = {} if asked.example is None else {"example": asked.example}
+    about = {"name": asked.name, "in": asked.place, "required": must, "description": asked.words}
+    return {**about, "schema": {**schema, **default}, **plain, **example}
+
+
+def response(answers: Sequence[Answer], sentence: str, known: Record) -> Record:
+    """Return what OpenAPI says of *answers* that have one status; *sentence* is what that means."""
+    schemas: dict[str, list[Record]] = {}
+    for answer in answers:
+        if answer.shape:
+            schemas.setdefault(answer.media, []).append(schema_of(answer.shape, known))
+    content = {media: {"schema": found[0] if len(found) == 1 else {"anyOf": found}} for media, found in schemas.items()}
+    headers = {
+        name.rstrip("?"): {"required": not name.endswith("?"), "schema": schema_of(kind, known)}
+        for answer in answers
+        for name, kind in answer.headers.items()
+    }
+    return {"description": sentence, "headers": REQUEST_ID | headers, **({"content": content} if content else {})}
+
+
+def refusal_as_answer(kind: type[Refusal]) -> Answer:
+    headers = dict.fromkeys(kind.headers or (("Retry-After",) if kind is TooMany else ()), str)
+    return Answer(shape(kind.__name__, kind.fields, {}), kind.status, headers=headers)
+
+
+def responses(route: Route, known: Record) -> Record:
+    """Return what OpenAPI says of all that *route* answers, by status; a refusal that stands alone is in components."""
+    refused = refusals(route)
+    found = {}
+    for status in sorted({*(answer.status for answer in route.says), *(kind.status for kind in refused)}):
+        kinds = [kind for kind in refused if kind.status == status]
+        answers = [answer for answer in route.says if answer.status == status]
+        if len(kinds) == 1 and not answers:
+            found[str(status)] = {"$ref": f"#/components/responses/{kinds[0].__name__}"}
+            continue
+        sentence = " ".join(inspect.getdoc(kind) or "" for kind in kinds) or http.HTTPStatus(status).phrase
+        found[str(status)] = response([*answers, *map(refusal_as_answer, kinds)], sentence, known)
+    return found
+
+
+def operation(route: Route, name: str, tag: str, known: Record) -> Record:
     """Return what OpenAPI says of a route."""
     text = inspect.getdoc(getattr(Service, route.handler)) or ""
-    places = [(name, "path") for name in re.findall(r"<(\w+)", route.path)] + [(name, "query") for name in route.query]
-    return {
-        "summary": text.partition("\n")[0],
-        "description": text,
-        "parameters": [
-            {"name": name, "in": place, "required": place == "path", "schema": {"type": "string"}}
-            for name, place in places
-        ],
-        "security": [{"token": [*route.scopes]}] if route.scopes else [],
-        "responses": {"200": {"description": "as described"}, "default": {"description": '{"error": what was wrong}'}},
-        **({"requestBody": {"content": {"application/json": {}}}} if route.method in ("POST", "PUT", "PATCH") else {}),
+    about: Record = {"operationId": name, "tags": [tag], "summary": text.partition("\n")[0], "description": text}
+    about["parameters"] = [IDENTITY] if "<identity" in route.path else []
+    about["parameters"] += [parameter(asked, known) for asked in route.asks]
+    if body := route.takes:
+        examples = {name: {"value": value} for name, value in body.examples.items()}
+        content = {"schema": schema_of(body.shape, known), "examples": examples}
+        about["requestBody"] = {"required": True, "content": {body.media: content}}
+    about["responses"] = responses(route, known)
+    return {**about, "security": [{"token": [scope]} for scope in route.scopes]}
+
+
+@functools.cache
+def description() -> Record:
+    """Return the routes as an OpenAPI document: https://spec.openapis.org/oas/v3.1.0.html."""
+    schemas: Record = {}
+    paths: dict[str, Record] = {}
+    for tag, routes in CONTENTS.items():
+        for route in routes:
+            for path, name in paths_of(route).items():
+                paths.setdefault(path, {})[route.method.lower()] = operation(route, name, tag, schemas)
+    alone = {kind.__name__: kind for route in ROUTES for kind in refusals(route)}
+    request_id = {"description": "that which was sent, or a new one", "required": True, "schema": {"type": "string"}}
+    identity = Parameter("id", Id, "1 to 128 characters, none of them a control character", Required, "example", "path")
+    components = {
+        "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        "headers": {"X-Request-Id": request_id},
+        "parameters": {"id": parameter(identity, schemas)},
+        "responses": {
+            name: response([refusal_as_answer(kind)], inspect.getdoc(kind) or "", schemas)
+            for name, kind in alone.items()
+        },
+        "schemas": schemas,
     }
+    about = {"title": "kirosync", "version": __version__, "description": ABOUT_API}
+    tags = [{"name": tag} for tag in CONTENTS]
+    return {"openapi": "3.1.0", "info": about, "tags": tags, "paths": paths, "components": components}
 
 
+@functools.cache
+def openapi() -> bytes:
+    """Return description(), encoded once, since everyone may ask for it."""
+    return msgspec.json.encode(description())
+
+
+ABOUT_API = f"""One queue and one shared memory for an IDE, an agent and a human.
+
+All that is not public wants the header Authorization: Bearer TOKEN; the token is in the state directory, in the file
+token, or in KIROSYNC_TOKEN. Bodies are JSON, up to {BODY_BYTES >> 20} MiB. Timestamps are Unix milliseconds. Held
+answers wait at most {WAIT_S} s. An id has 1 to {ID_CHARACTERS} characters, none of them a control character."""
 HOST = "\0"
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kirosync {version}</title>
 <meta name="viewport" content="width=device-width">
@@ -5997,19 +6430,6 @@ commands: {{id: command}}, a command: {command}
 <h2>Refusals</h2><p>An error is JSON: {{"error": what was wrong}}, and "field" where one is at fault.</p>
 <ul>{refusals}</ul>
 """
-
-
-@functools.cache
-def openapi() -> bytes:
-    """Return the routes as an OpenAPI document: made once, like the page, since everyone may ask for it."""
-    paths: Record = {}
-    for route in ROUTES:
-        path = re.sub(r"<(\w+).*?>", r"{\1}", route.path)
-        paths.setdefault(path, {})[route.method.lower()] = operation(route)
-    scheme = {"token": {"type": "http", "scheme": "bearer"}}
-    about = {"title": "kirosync", "version": __version__}
-    document = {"openapi": "3.1.0", "info": about, "components": {"securitySchemes": scheme}, "paths": paths}
-    return msgspec.json.encode(document)
 
 
 @functools.cache
@@ -6966,7 +7386,7 @@ class Option(NamedTuple):
     name: str
     help: str
     default: str | None = None
-    more: Record = {}  # noqa: RUF012
+    more: Record = {}
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
         variable = "KIROSYNC" + self.name[1:].replace("-", "_").upper()
