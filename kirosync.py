@@ -4419,12 +4419,14 @@ class Body(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a route answers: a body of this shape, if any, of this type, under this status and with these headers."""
+    """What a route answers: a body of this shape, if any, of this type, under this status, with these headers, and
+    *at_times* with these."""
 
     shape: Any = None
     status: int = 200
     media: str = "application/json"
     headers: dict[str, Any] = {}
+    at_times: dict[str, Any] = {}
 
 
 class Route(NamedTuple):
@@ -4586,7 +4588,7 @@ ALL = Answer(STATE, headers=TAG)
 UNCHANGED = Answer(status=304, headers=TAG)
 MERGED = Answer(shape("Merged", {"status": Literal["updated", "current"], "data": STATE}, {}))
 QUEUED = Answer(
-    shape("Queued", {"commandId": str, "status": Status}, TOLD), headers={"Idempotent-Replayed?": Literal["true"]}
+    shape("Queued", {"commandId": str, "status": Status}, TOLD), at_times={"Idempotent-Replayed": Literal["true"]}
 )
 SOME = Answer(shape("Commands", {"commands": by_id(COMMAND)}, {}))
 ONE = Answer(COMMAND)
@@ -4599,7 +4601,7 @@ NOTED = Answer(shape("Noted", {"agent": str}, {}))
 DONE = {"success": Literal[True], "executionId": str}
 SUCCESS = Answer(shape("Success", {**DONE, "output": str, "executionTimeMs": Count}, {}))
 UNDERWAY = Answer(
-    shape("Accepted", {"executionId": str, "status": Status}, {}), 202, headers={"Preference-Applied?": str}
+    shape("Accepted", {"executionId": str, "status": Status}, {}), 202, at_times={"Preference-Applied": str}
 )
 IDE = Answer(EDITOR)
 HEARD = Answer(shape("Heard", DONE, {}))
@@ -5369,7 +5371,7 @@ class Service:
         return ask
 
     def unrouted(self, error: Any) -> Any:
-        """Answer what Bottle could not route: 404 and 405, for who has a token."""
+        """Answer what Bottle could not route: 404 and 405, for who has a token, or asks of what is public."""
 
         def refuse() -> None:
             method, path = bottle.request.method, bottle.request.path
@@ -5378,7 +5380,8 @@ class Service:
                 raise NotAllowed(f"{method} is not for {path}; possible: {allowed}", allowed=allowed.split(","))
             raise NotFound(f"there is no {path}; GET /docs lists what there is")
 
-        return self.answer(refuse, LOOK)
+        public = any(route.path == bottle.request.path for route in ROUTES if not route.scopes)
+        return self.answer(refuse, PUBLIC if public else LOOK)
 
     def answer(self, handler: Callable[[], Any], scopes: Sequence[str], path: str = "") -> Any:
         """Return the body, bytes or a file, of what *handler* answers or raises, and set the status and the headers.
@@ -6284,8 +6287,22 @@ def readable(path: str) -> str:
     return re.sub("<identity.*?>", "ID", re.sub("<kind.*?>", "KIND", path))
 
 
+BASE64 = "^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
 SCHEMA, IDENTITY = "#/components/schemas/{name}", {"$ref": "#/components/parameters/id"}
 REQUEST_ID = {"X-Request-Id": {"$ref": "#/components/headers/X-Request-Id"}}
+
+
+def where(field: str, value: str, then: Record) -> Record:
+    """Return what a schema says of an object in which *field* is *value*."""
+    return {"if": {"properties": {field: {"const": value}}, "required": [field]}, "then": then}
+
+
+# What is checked beside the shapes: of what waits, by check_command; of a question, by the same; of input, by decoded.
+CONDITIONS = {
+    "Command": where("status", "pending", {"$ref": SCHEMA.format(name="Order")}),
+    "user_input": where("inputType", "choice", {"required": ["choices"], "properties": {"choices": {"minItems": 1}}}),
+    "Input": where("encoding", "base64", {"properties": {"data": {"pattern": BASE64}}}),
+}
 
 
 def schema_of(kind: Any, known: Record) -> Record:
@@ -6295,9 +6312,10 @@ def schema_of(kind: Any, known: Record) -> Record:
     if isinstance(kind, dict):
         one_of = [schema_of(one, known) for one in kind.values()]
         mapping = {name: one["$ref"] for name, one in zip(kind, one_of, strict=True)}
-        return {"oneOf": one_of, "discriminator": {"propertyName": "type", "mapping": mapping}}
+        known["Order"] = {"oneOf": one_of, "discriminator": {"propertyName": "type", "mapping": mapping}}
+        return {"$ref": SCHEMA.format(name="Order")}
     (schema,), more = msgspec.json.schema_components([kind], ref_template=SCHEMA)
-    known |= more
+    known |= {name: {**found, **CONDITIONS.get(name, {})} for name, found in more.items()}
     return schema
 
 
@@ -6328,9 +6346,9 @@ def response(answers: Sequence[Answer], sentence: str, known: Record) -> Record:
             schemas.setdefault(answer.media, []).append(schema_of(answer.shape, known))
     content = {media: {"schema": found[0] if len(found) == 1 else {"anyOf": found}} for media, found in schemas.items()}
     headers = {
-        name.rstrip("?"): {"required": not name.endswith("?"), "schema": schema_of(kind, known)}
+        name: {"required": all(name in answer.headers for answer in answers), "schema": schema_of(kind, known)}
         for answer in answers
-        for name, kind in answer.headers.items()
+        for name, kind in {**answer.headers, **answer.at_times}.items()
     }
     return {"description": sentence, "headers": REQUEST_ID | headers, **({"content": content} if content else {})}
 

@@ -15,8 +15,7 @@ import filelock
 import hypothesis.strategies as some
 import openapi_spec_validator
 import pytest
-import webtest
-from conftest import TOKEN, Process, Server, until
+from conftest import TOKEN, App, Process, Server, until
 from hypothesis import HealthCheck, given, settings
 
 import kirosync
@@ -510,7 +509,7 @@ def test_many_threads_in_process_share_one_store(client, store):
     app = client.app
 
     def push(number):
-        own = webtest.TestApp(app)
+        own = App(app)
         own.authorization = ("Bearer", TOKEN)
         return own.post_json("/sync", {"conversations": {"c": [{**HI, "content": f"{number:02}"}]}}).status_int
 
@@ -574,7 +573,7 @@ def service(store):
 
 @pytest.fixture
 def app(service):
-    app = webtest.TestApp(service.app)
+    app = App(service.app)
     app.authorization = ("Bearer", TOKEN)
     return app
 
@@ -639,7 +638,7 @@ def test_who_was_told_of_what_is_remembered_over_a_restart(app, service, store, 
 
 def test_it_says_so_while_it_is_still_reading_its_state(store):
     service = kirosync.Service(None, kirosync.Keyring(store.directory, TOKEN))
-    client = webtest.TestApp(service.app)
+    client = App(service.app)
     client.authorization = ("Bearer", TOKEN)
     answer = client.get("/sync", status=503)
     assert answer.json["error"] == "the state directory is still being read; try again in a moment"
@@ -696,7 +695,7 @@ def test_a_304_leaves_the_connection_open(server):
 
 def test_a_backup_that_is_older_than_what_was_told_tells_of_its_own_commands(app, service, store, state, clock):
     store.remember("told", b'{"revision": 999999, "commands": []}')
-    again = webtest.TestApp((service := kirosync.Service(store, kirosync.Keyring(store.directory, TOKEN))).app)
+    again = App((service := kirosync.Service(store, kirosync.Keyring(store.directory, TOKEN))).app)
     again.authorization = ("Bearer", TOKEN)
     ended_command(again)
     clock.now += 31 * DAY
