@@ -84,6 +84,7 @@ import re
 import resource
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -4513,10 +4514,10 @@ EXAMPLES: dict[str, Record] = {
     "user_input": {"prompt": "Shall it be deployed?", "inputType": "confirmation"},
 }
 TALK = {"conversations": {"conv-1": [{"role": "user", "content": "hi", "timestamp": 1710338438173}]}}
-SCRIPT = {"documents": {"doc-1": {"path": "/srv/app.js", "content": "const http", "timestamp": 1710338450000}}}
+PROGRAM = {"documents": {"doc-1": {"path": "/srv/app.js", "content": "const http", "timestamp": 1710338450000}}}
 SENT = shape("Sent", {}, {**{kind: by_id(each, Id) for kind, each in PUSHABLE.items()}, "lastUpdate": Time})
 ORDERED = Body(COMMANDS, {kind: {"type": kind, **said} for kind, said in EXAMPLES.items()}, check_command, SET_LATER)
-PUSHED_STATE = Body(SENT, {"a message": TALK, "a document": SCRIPT}, check_push)
+PUSHED_STATE = Body(SENT, {"a message": TALK, "a document": PROGRAM}, check_push)
 REPORTED = Body(
     PATCH,
     {
@@ -5571,7 +5572,11 @@ class Service:
     def get_docs(self) -> bytes:
         """This documentation."""
         bottle.response.content_type = "text/html; charset=utf-8"
-        return docs_page().replace(HOST.encode(), html.escape(header("Host")).encode())
+        host = header("Host")
+        shown = (
+            host if re.fullmatch(r"[\w.:\[\]-]{1,255}", host, re.ASCII) else "HOST"
+        )  # it is to be pasted into a shell
+        return docs_page().replace(HOST.encode(), shown.encode())
 
     def get_openapi(self) -> bytes:
         """The routes, for programs: an OpenAPI 3.1 document."""
@@ -6292,16 +6297,16 @@ SCHEMA, IDENTITY = "#/components/schemas/{name}", {"$ref": "#/components/paramet
 REQUEST_ID = {"X-Request-Id": {"$ref": "#/components/headers/X-Request-Id"}}
 
 
-def where(field: str, value: str, then: Record) -> Record:
+def if_then(field: str, value: str, then: Record) -> Record:
     """Return what a schema says of an object in which *field* is *value*."""
     return {"if": {"properties": {field: {"const": value}}, "required": [field]}, "then": then}
 
 
 # What is checked beside the shapes: of what waits, by check_command; of a question, by the same; of input, by decoded.
 CONDITIONS = {
-    "Command": where("status", "pending", {"$ref": SCHEMA.format(name="Order")}),
-    "user_input": where("inputType", "choice", {"required": ["choices"], "properties": {"choices": {"minItems": 1}}}),
-    "Input": where("encoding", "base64", {"properties": {"data": {"pattern": BASE64}}}),
+    "Command": if_then("status", "pending", {"$ref": SCHEMA.format(name="Order")}),
+    "user_input": if_then("inputType", "choice", {"required": ["choices"], "properties": {"choices": {"minItems": 1}}}),
+    "Input": if_then("encoding", "base64", {"properties": {"data": {"pattern": BASE64}}}),
 }
 
 
@@ -6425,55 +6430,286 @@ ABOUT_API = f"""One queue and one shared memory for an IDE, an agent and a human
 All that is not public wants the header Authorization: Bearer TOKEN; the token is in the state directory, in the file
 token, or in KIROSYNC_TOKEN. Bodies are JSON, up to {BODY_BYTES >> 20} MiB. Timestamps are Unix milliseconds. Held
 answers wait at most {WAIT_S} s. An id has 1 to {ID_CHARACTERS} characters, none of them a control character."""
-HOST = "\0"
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kirosync {version}</title>
-<meta name="viewport" content="width=device-width">
-<style>body{{max-width:56em;margin:2em auto;padding:0 1em;font:16px/1.5 system-ui}}p{{white-space:pre-line}}
-td,th{{text-align:left;padding:.2em 1em .2em 0;vertical-align:top}}small{{color:#666}}pre{{overflow:auto}}</style>
-<h1>kirosync {version}</h1>
-<p>One queue and one shared memory for an IDE, an agent and a human. All that is not public wants the header
-<code>Authorization: Bearer TOKEN</code>; the token is in the state directory, in the file token, or in KIROSYNC_TOKEN.
-Bodies are JSON, up to {body} MiB. Timestamps are Unix milliseconds. Held answers wait at most {wait} s.</p>
-<pre>curl -H "Authorization: Bearer TOKEN" -H "Content-Type: application/json" \\
-  -d '{{"type": "execute_bash", "command": "df -h"}}' "http://{host}/command?wait=20"</pre>
-<h2>Routes</h2>{routes}<h2>Commands</h2>
-<table><tr><th>type<th>required<th>optional<th>result{types}</table>
-<p>Optional for all: {order}. timeout (of running) and expiresIn (of waiting) are seconds, {run} and {expires} where not
-given; target is an agent's name; retryable is tried again if its agent is lost. A command is pending, processing,
-completed or failed; its outcome says how it ended: {outcomes}.</p>
-<h2>Records</h2><p>conversations: {{id: [message]}}, a message: {message}
-documents: {{id: document}}, a document: {document}
-commands: {{id: command}}, a command: {command}
-* must be there; other fields are kept as they are. An id has 1 to {id} characters, no control characters.</p>
-<h2>Refusals</h2><p>An error is JSON: {{"error": what was wrong}}, and "field" where one is at fault.</p>
-<ul>{refusals}</ul>
+# The page /docs is made from description(). Its script makes no HTML: what is answered is only ever text.
+
+HOST = "\0"  # stands for the host in the page: it is that which was asked for
+STYLE = """
+:root { color-scheme: light dark; --faint: #59636e; --line: #d1d9e0; --back: #f6f8fa; --link: #0969da; --bad: #b35900 }
+@media (prefers-color-scheme: dark) {
+  :root { --faint: #9198a1; --line: #3d444d; --back: #151b23; --link: #4493f8; --bad: #f0883e } }
+* { box-sizing: border-box }
+body { max-width: 60em; margin: 0 auto; padding: 1em; font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+h2 { margin: 2em 0 .5em; border-bottom: 1px solid var(--line) } h3, h4 { margin: 0; font-size: 1rem; font-weight: 600 }
+summary h3 { display: inline } summary { padding: .4em 0; cursor: pointer } h4 { margin-top: 1em }
+details { border-bottom: 1px solid var(--line) } details[open] { padding-bottom: 1em } p { margin: .5em 0 }
+a { color: var(--link) } code, pre, textarea, input, select { font-family: ui-monospace, monospace; font-size: .875rem }
+pre, form { background: var(--back); border: 1px solid var(--line); border-radius: 6px; padding: .75em; margin: .5em 0 }
+pre { overflow: auto; max-height: 30em; white-space: pre-wrap } .prose { white-space: pre-line }
+nav ul { columns: 18em }
+label { display: block; margin: .6em 0 .2em; font-weight: 600 } small { color: var(--faint); font-weight: 400 }
+input, select, textarea { width: 100%; padding: .4em; border: 1px solid var(--faint); border-radius: 4px }
+textarea { min-height: 8em; resize: vertical } button { margin-top: .75em; padding: .5em 1.5em; font: inherit }
+.wide { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .875rem }
+th, td { text-align: left; vertical-align: top; padding: .3em .8em .3em 0; border-top: 1px solid var(--line) }
+td:first-child { white-space: nowrap; overflow-wrap: normal } .bad { color: var(--bad) }
+#access { position: sticky; top: 0; z-index: 1; display: flex; gap: .5em; align-items: center }
+#access label { margin: 0 } :focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
 """
+SCRIPT = """
+"use strict";
+const KEPT = "kirosync.token", MOST = 200000;
+const token = document.getElementById("token");
+token.value = sessionStorage.getItem(KEPT) ?? "";
+token.addEventListener("input", () => sessionStorage.setItem(KEPT, token.value.trim()));
+
+const requestOf = (form) => {
+  const headers = {}, query = new URLSearchParams();
+  let path = form.dataset.path;
+  for (const field of form.querySelectorAll("[data-in]")) {
+    if (field.dataset.in === "path") path = path.replace(`{${field.name}}`, encodeURIComponent(field.value));
+    else if (field.value && field.dataset.in === "query") query.set(field.name, field.value);
+    else if (field.value) headers[field.name] = field.value;
+  }
+  if (token.value.trim()) headers.Authorization = `Bearer ${token.value.trim()}`;
+  const body = form.querySelector("textarea");
+  if (body) headers["Content-Type"] = body.dataset.media;
+  return [path + (query.size ? `?${query}` : ""), { method: form.dataset.method, headers, body: body?.value }];
+};
+
+const legible = (text, type) => {
+  const shown = type.startsWith("application/json") && text ? JSON.stringify(JSON.parse(text), null, 2) : text;
+  return shown.length > MOST ? `${shown.slice(0, MOST)}\\n... and ${shown.length - MOST} characters more` : shown;
+};
+
+const noteworthy = (headers) =>
+  [...headers].filter(([name]) => /^(x-|etag|retry-after|content-type|idempotent|preference|www-)/.test(name))
+    .map(([name, value]) => `${name}: ${value}`).join("\\n");
+
+const send = async (form) => {
+  const status = form.querySelector("[role=status]"), [head, body] = form.querySelectorAll(".answer");
+  const show = (sentence, bad, ...texts) => {
+    status.textContent = sentence;
+    status.classList.toggle("bad", bad);
+    [head, body].forEach((element, place) => {
+      element.textContent = texts[place] ?? "";
+      element.hidden = !texts[place];
+    });
+  };
+  show("Waiting for the answer ...", false);
+  try {
+    const [path, request] = requestOf(form), began = performance.now();
+    const answer = await fetch(path, request), text = await answer.text();
+    const took = Math.round(performance.now() - began), hint = answer.status === 401 ? ": is the token right?" : "";
+    const shown = legible(text, answer.headers.get("Content-Type") ?? "");
+    const ended = `${answer.status} ${answer.statusText}, after ${took} ms${hint}`;
+    show(ended, !answer.ok, noteworthy(answer.headers), shown);
+    const queued = form.dataset.path === "/command" && answer.ok && JSON.parse(text).commandId;
+    if (queued) for (const field of document.querySelectorAll("#Commands [name=id]")) field.value = queued;
+  } catch (error) {
+    show(`There is no answer: ${error.message}`, true);
+  }
+};
+
+document.addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (event.target.dataset.secured && !token.value.trim()) return token.focus();
+  if (event.target.dataset.method) send(event.target);
+});
+document.addEventListener("change", ({ target }) => {
+  if (target.dataset.example !== undefined) target.form.querySelector("textarea").value = target.value;
+});
+const unfold = () => {
+  const aim = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  if (aim?.tagName === "DETAILS") aim.open = true;
+};
+addEventListener("hashchange", unfold);
+unfold();
+"""
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kirosync {version}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{style}</style>
+<header><h1>kirosync {version}</h1><p class="prose">{about}</p>
+<p>The same for programs: <a href="openapi.json">openapi.json</a>. From a terminal:</p>{curl}</header>
+<form id="access"><label for="token">Token</label>
+<input id="token" type="password" autocomplete="off" placeholder="kept for this browser session"></form>
+<nav aria-label="Contents"><ul>{contents}</ul></nav>
+<main>{operations}
+<section><h2 id="Types">Types of commands</h2>{types}
+<p>All may say: {order} (see <a href="#shape-execute_bash">execute_bash</a>). A command is pending, processing,
+completed or failed; its outcome says how it ended: {outcomes}.</p></section>
+<section><h2 id="Shapes">Records, and what else is sent and answered</h2>
+<p>A * marks what must be there; other fields are kept as they are.</p>{shapes}</section>
+<section><h2 id="Refusals">Refusals</h2>
+<p>Whatever is asked, it may be answered {always}.</p>{refusals}</section></main>
+<script>{script}</script></html>
+"""
+
+
+def shown_table(head: str, rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of cells that are HTML; *head* names the columns."""
+    titles = "".join(f'<th scope="col">{title}' for title in head.split(","))
+    lines = "".join("<tr>" + "".join(f"<td>{cell}" for cell in row) for row in rows)
+    return f'<div class="wide" tabindex="0" role="group" aria-label="{head}"><table><tr>{titles}{lines}</table></div>'
+
+
+def shown_kind(schema: Record) -> str:
+    """Return what a *schema* is, in few words, as HTML.
+
+    >>> shown_kind({"type": "number", "minimum": 0, "maximum": 55}), shown_kind({"enum": ["a", "b"]})
+    ('number, 0 to 55', 'a | b')
+    """
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return f'<a href="#shape-{name}">{name}</a>'
+    if choices := schema.get("anyOf", schema.get("oneOf")):
+        return " | ".join(map(shown_kind, choices))
+    if "enum" in schema:
+        return " | ".join(html.escape(str(value)) for value in schema["enum"])
+    if schema.get("type") == "array":
+        return f"[{shown_kind(schema.get('items', {}))}]"
+    if "additionalProperties" in schema:
+        return f"{{id: {shown_kind(schema['additionalProperties'])}}}"
+    least, most = (schema.get(f"{end}imum", schema.get(f"exclusive{end.title()}imum")) for end in ("min", "max"))
+    bounds = "" if most in (None, INTEGER) else f", {least} to {most}"
+    return f"{schema.get('type', 'anything')}{bounds}"
+
+
+def shown_shape(name: str, schema: Record) -> str:
+    """Return the fields of a component, which can be unfolded."""
+    must, fields = schema.get("required", []), schema.get("properties", {})
+    own = [field for field, kind in fields.items() if kind.get("readOnly")]
+    rows = [
+        (
+            f"<code>{field}</code>{'*' if field in must else ''}",
+            shown_kind(kind),
+            html.escape(kind.get("description", "")),
+        )
+        for field, kind in sorted(fields.items(), key=lambda item: (item[0] not in must, item[0]))
+        if field not in own
+    ]
+    inside = shown_table("field,is,and means", rows) if rows else f"<p>{shown_kind(schema)}</p>"
+    kept = f"<p>Set by the service, and refused: {', '.join(own)}.</p>" if own else ""
+    return f'<details id="shape-{name}"><summary><h3><code>{name}</code></h3></summary>{inside}{kept}</details>'
+
+
+def shown_input(asked: Record, form: str) -> str:
+    """Return the field of a *form* in which a parameter is filled in."""
+    name, example = asked["name"], asked.get("example", "")
+    value = html.escape(",".join(example) if isinstance(example, list) else str(example)) if asked["required"] else ""
+    field, must = f"{form}-{name}", " required" if asked["required"] else ""
+    words = html.escape(asked["description"])
+    return (
+        f'<label for="{field}">{name} <small>{asked["in"]}{"," if must else ""}{must}: {words}</small></label>'
+        f'<input id="{field}" name="{name}" data-in="{asked["in"]}" value="{value}" autocomplete="off"{must}>'
+    )
+
+
+def shown_body(body: Record, form: str) -> str:
+    """Return the fields of a *form* in which a body is chosen and written."""
+    ((media, content),) = body["content"].items()
+    texts = {
+        name: example["value"] if isinstance(example["value"], str) else json.dumps(example["value"], indent=2)
+        for name, example in content["examples"].items()
+    }
+    options = "".join(f'<option value="{html.escape(text)}">{name}' for name, text in texts.items())
+    return (
+        f'<label for="{form}-example">Example</label><select id="{form}-example" data-example>{options}</select>'
+        f'<label for="{form}-body">Body <small>{media}, {shown_kind(content["schema"])}</small></label>'
+        f'<textarea id="{form}-body" data-media="{media}" spellcheck="false">{html.escape(next(iter(texts.values())))}'
+        "</textarea>"
+    )
+
+
+def shown_form(method: str, path: str, said: Record) -> str:
+    """Return the form in which an operation can be tried."""
+    components, name = description()["components"], said["operationId"]
+    asked = [components["parameters"]["id"] if "$ref" in each else each for each in said["parameters"]]
+    inputs = "".join(shown_input(each, name) for each in asked)
+    body = shown_body(said["requestBody"], name) if "requestBody" in said else ""
+    secured = ' data-secured="yes"' if said["security"] else ""
+    return (
+        f'<form aria-label="Try {method} {path}" data-method="{method}" data-path="{path}"{secured}>{inputs}{body}'
+        '<button>Send</button><p role="status"></p>'
+        '<pre class="answer" tabindex="0" aria-label="Headers" hidden></pre>'
+        '<pre class="answer" tabindex="0" aria-label="Answer" hidden></pre></form>'
+    )
+
+
+def shown_responses(said: Record) -> str:
+    """Return what an operation answers, by status; what all may is told elsewhere."""
+    common = {str(kind.status) for kind in ALWAYS}
+    rows = []
+    for status, found in said["responses"].items():
+        name = found.get("$ref", "").rpartition("/")[2]
+        response = description()["components"]["responses"][name] if name else found
+        kinds = [
+            f"{shown_kind(content['schema'])}{'' if media == 'application/json' else f' <small>{media}</small>'}"
+            for media, content in response.get("content", {}).items()
+        ]
+        headers = ", ".join(f"<code>{name}</code>" for name in response["headers"] if name not in REQUEST_ID)
+        if status not in common or not name:
+            rows.append((status, "<br>".join(kinds), headers, html.escape(response["description"])))
+    return shown_table("status,body,headers,when", rows)
+
+
+def shown_operation(method: str, path: str, said: Record) -> str:
+    """Return all of an operation, which can be unfolded."""
+    scopes = ", ".join(scope for need in said["security"] for scope in need["token"]) or "everyone, without a token"
+    summary, _, more = html.escape(said["description"]).partition("\n")
+    return (
+        f'<details id="{said["operationId"]}"><summary><h3><code>{method} {path}</code></h3> {summary}</summary>'
+        f'<p class="prose">{more.strip()}</p><p><small>May be asked by: {scopes}</small></p>'
+        f"{shown_form(method, path, said)}{shown_curl(method, path, said)}"
+        f"<h4>Answers</h4>{shown_responses(said)}</details>"
+    )
+
+
+def shown_curl(method: str, path: str, said: Record) -> str:
+    """Return the line that asks the same in a terminal."""
+    implied = "POST" if "requestBody" in said else "GET"
+    parts = ["curl", *([] if method == implied else [f"-X {method}"])]
+    parts += ['-H "Authorization: Bearer $TOKEN"'] if said["security"] else []
+    for media, content in said.get("requestBody", {}).get("content", {}).items():
+        value = next(iter(content["examples"].values()))["value"]
+        text = value if isinstance(value, str) else json.dumps(value)
+        parts += [f"-H 'Content-Type: {media}'", f"--data-binary {shlex.quote(text)}"]
+    query = "&".join(f"{each['name']}={each['example']}" for each in said["parameters"] if each.get("required"))
+    url = f"http://{HOST}{path.replace('{id}', 'example')}{'?' if query else ''}{query}"
+    return f'<pre tabindex="0" aria-label="curl">{html.escape(" ".join([*parts, shlex.quote(url)]))}</pre>'
+
+
+def shown_type(kind: str) -> Sequence[str]:
+    required, optional, result = ORDERS[kind]
+    return f"<code>{kind}</code>", ", ".join(required), ", ".join(optional), html.escape(result)
+
+
+def shown_refusal(kind: type[Refusal]) -> Sequence[str]:
+    meaning = html.escape((inspect.getdoc(kind) or "").partition("\n")[0])
+    return f"{kind.status} {kind.__name__}", meaning, f"{{{', '.join(kind.fields)}}}"
 
 
 @functools.cache
 def docs_page() -> bytes:
     """Return the documentation, made from the routes and the tables above; where HOST stands, the address belongs."""
-
-    def fields(table: dict[str, Any]) -> str:
-        return ", ".join(f"{name}*" if get_origin(kind) is Required else name for name, kind in table.items())
-
-    routes = "".join(
-        f"<h3><code>{route.method} {readable(route.path)}</code>"
-        f" <small>{', '.join(route.scopes) or 'public'}</small></h3>"
-        f"<p>{html.escape(inspect.getdoc(getattr(Service, route.handler)) or '')}</p>"
-        for route in ROUTES
-    )
-    types = "".join(
-        f"<tr><td><code>{kind}</code><td>{', '.join(required)}<td>{', '.join(optional)}<td>{result}"
-        for kind, (required, optional, result) in ORDERS.items()
-    )
+    said = description()
+    sections: dict[str, str] = dict.fromkeys(CONTENTS, "")
+    for path, methods in said["paths"].items():
+        for method, operation in methods.items():
+            sections[operation["tags"][0]] += shown_operation(method.upper(), path, operation)
+    schemas = said["components"]["schemas"]
+    refused = {kind for route in ROUTES for kind in refusals(route)} | {NotAllowed}
     page = PAGE.format(
-        **{"version": __version__, "body": BODY_BYTES >> 20, "wait": WAIT_S, "host": HOST},
-        **{"routes": routes, "types": types, "order": fields(ORDER), "run": RUN_S, "expires": EXPIRES_S},
-        **{"outcomes": ", ".join(get_args(Outcome)), "id": ID_CHARACTERS},
-        **{"message": fields(MESSAGE.__annotations__), "document": fields(DOCUMENT.__annotations__)},
-        command=fields(COMMAND.__annotations__),
-        refusals="".join(f"<li>{kind.status} {kind.__name__}" for kind in Refusal.__subclasses__()),
+        **{"version": __version__, "about": html.escape(ABOUT_API), "style": STYLE, "script": SCRIPT},
+        curl=shown_curl("POST", "/command", said["paths"]["/command"]["post"]),
+        contents="".join(f'<li><a href="#{name}">{name}</a>' for name in (*CONTENTS, "Types", "Shapes", "Refusals")),
+        operations="".join(f'<section id="{tag}"><h2>{tag}</h2>{text}</section>' for tag, text in sections.items()),
+        types=shown_table("type,required,optional,result", map(shown_type, ORDERS)),
+        **{"order": ", ".join(ORDER), "outcomes": ", ".join(get_args(Outcome))},
+        shapes="".join(shown_shape(name, schemas[name]) for name in sorted(schemas)),
+        always=", ".join(f"{kind.status} {kind.__name__}" for kind in ALWAYS),
+        refusals=shown_table(
+            "status,it means,body", map(shown_refusal, sorted(refused, key=operator.attrgetter("status")))
+        ),
     )
     return page.encode()
 
