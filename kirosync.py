@@ -6918,21 +6918,23 @@ STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --faint: #9198a1; --line: #3d444d; --back: #151b23; --link: #4493f8; --bad: #f0883e } }
 * { box-sizing: border-box }
-body { max-width: 60em; margin: 0 auto; padding: 1em; font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+body { max-width: 60em; margin: 0 auto; padding: 1em; font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word }
 h2 { margin: 2em 0 .5em; border-bottom: 1px solid var(--line) } h3, h4 { margin: 0; font-size: 1rem; font-weight: 600 }
 summary h3 { display: inline } summary { padding: .4em 0; cursor: pointer } h4 { margin-top: 1em }
 details { border-bottom: 1px solid var(--line) } details[open] { padding-bottom: 1em } p { margin: .5em 0 }
 a { color: var(--link) } code, pre, textarea, input, select { font-family: ui-monospace, monospace; font-size: .875rem }
 pre, form { background: var(--back); border: 1px solid var(--line); border-radius: 6px; padding: .75em; margin: .5em 0 }
-pre { overflow: auto; max-height: 30em; white-space: pre-wrap } .prose { white-space: pre-line }
+pre { overflow: auto; max-height: 30em; white-space: pre-wrap; overflow-wrap: anywhere }
 nav ul { columns: 18em }
 label { display: block; margin: .6em 0 .2em; font-weight: 600 } small { color: var(--faint); font-weight: 400 }
 input, select, textarea { width: 100%; padding: .4em; border: 1px solid var(--faint); border-radius: 4px }
 textarea { min-height: 8em; resize: vertical } button { margin-top: .75em; padding: .5em 1.5em; font: inherit }
+@media (max-width: 40em) { table { min-width: 34em } }
 .wide { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .875rem }
 th, td { text-align: left; vertical-align: top; padding: .3em .8em .3em 0; border-top: 1px solid var(--line) }
-td:first-child { white-space: nowrap; overflow-wrap: normal } .bad { color: var(--bad) }
-#access { position: sticky; top: 0; z-index: 1; display: flex; gap: .5em; align-items: center }
+.bad { color: var(--bad) }
+#access { position: sticky; top: 0; z-index: 1; display: flex; gap: .5em; align-items: center; padding: .4em .75em }
+section, details { scroll-margin-top: 4em }
 #access label { margin: 0 } :focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
 """
 SCRIPT = """
@@ -7006,9 +7008,9 @@ addEventListener("hashchange", unfold);
 unfold();
 """
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kirosync {version}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>{style}</style>
-<header><h1>kirosync {version}</h1><p class="prose">{about}</p>
+<header><h1>kirosync {version}</h1>{about}
 <p>The same for programs: <a href="openapi.json">openapi.json</a>. From a terminal:</p>{curl}</header>
 <form id="access"><label for="token">Token</label>
 <input id="token" type="password" autocomplete="off" placeholder="kept for this browser session"></form>
@@ -7023,6 +7025,19 @@ completed or failed; its outcome says how it ended: {outcomes}.</p></section>
 <p>Whatever is asked, it may be answered {always}.</p>{refusals}</section></main>
 <script>{script}</script></html>
 """
+
+
+def shown_words(text: str) -> str:
+    """Return *text* as HTML; what stands in double backticks as code.
+
+    >>> shown_words("``a`` < b")
+    '<code>a</code> &lt; b'
+    """
+    return re.sub("``(.*?)``", r"<code>\1</code>", html.escape(text, quote=False))
+
+
+def shown_prose(text: str) -> str:
+    return "".join(f"<p>{shown_words(part)}</p>" for part in text.split("\n\n") if part)
 
 
 def shown_table(head: str, rows: Iterable[Sequence[str]]) -> str:
@@ -7062,7 +7077,7 @@ def shown_shape(name: str, schema: Record) -> str:
         (
             f"<code>{field}</code>{'*' if field in must else ''}",
             shown_kind(kind),
-            html.escape(kind.get("description", "")),
+            shown_words(kind.get("description", "")),
         )
         for field, kind in sorted(fields.items(), key=lambda item: (item[0] not in must, item[0]))
         if field not in own
@@ -7128,17 +7143,18 @@ def shown_responses(said: Record) -> str:
         ]
         headers = ", ".join(f"<code>{name}</code>" for name in response["headers"] if name not in REQUEST_ID)
         if status not in common or not name:
-            rows.append((status, "<br>".join(kinds), headers, html.escape(response["description"])))
+            rows.append((status, "<br>".join(kinds), headers, shown_words(response["description"])))
     return shown_table("status,body,headers,when", rows)
 
 
 def shown_operation(method: str, path: str, said: Record) -> str:
     """Return all of an operation, which can be unfolded."""
     scopes = ", ".join(scope for need in said["security"] for scope in need["token"]) or "everyone, without a token"
-    summary, _, more = html.escape(said["description"]).partition("\n")
+    summary, _, more = said["description"].partition("\n\n")
     return (
-        f'<details id="{said["operationId"]}"><summary><h3><code>{method} {path}</code></h3> {summary}</summary>'
-        f'<p class="prose">{more.strip()}</p><p><small>May be asked by: {scopes}</small></p>'
+        f'<details id="{said["operationId"]}">'
+        f"<summary><h3><code>{method} {path}</code></h3> {shown_words(summary)}</summary>"
+        f"{shown_prose(more)}<p><small>May be asked by: {scopes}</small></p>"
         f"{shown_form(method, path, said)}{shown_curl(method, path, said)}"
         f"<h4>Answers</h4>{shown_responses(said)}</details>"
     )
@@ -7164,7 +7180,7 @@ def shown_type(kind: str) -> Sequence[str]:
 
 
 def shown_refusal(kind: type[Refusal]) -> Sequence[str]:
-    meaning = html.escape((inspect.getdoc(kind) or "").partition("\n")[0])
+    meaning = shown_words((inspect.getdoc(kind) or "").partition("\n")[0])
     return f"{kind.status} {kind.__name__}", meaning, f"{{{', '.join(kind.fields)}}}"
 
 
@@ -7179,7 +7195,7 @@ def docs_page() -> bytes:
     schemas = said["components"]["schemas"]
     refused = {kind for route in ROUTES for kind in refusals(route)} | {NotAllowed}
     page = PAGE.format(
-        **{"version": __version__, "about": html.escape(ABOUT_API), "style": STYLE, "script": SCRIPT},
+        **{"version": __version__, "about": shown_prose(ABOUT_API), "style": STYLE, "script": SCRIPT},
         curl=shown_curl("POST", "/command", said["paths"]["/command"]["post"]),
         contents="".join(f'<li><a href="#{name}">{name}</a>' for name in (*CONTENTS, "Types", "Shapes", "Refusals")),
         operations="".join(f'<section id="{tag}"><h2>{tag}</h2>{text}</section>' for tag, text in sections.items()),

@@ -21,6 +21,16 @@ SEED = os.environ.get("KIROSYNC_TEST_SEED", "1")
 SAID = {"X-Request-Id": "x", "Content-Type": "application/json"}
 PRINTED = dict.fromkeys(kirosync.PRINT, "0")
 STATE = b'{"conversations": {}, "documents": {}, "commands": {}, "lastUpdate": 0, "cursor": "a", "serverTime": 0}'
+HI = {"role": "user", "content": "hi", "timestamp": 1}
+WAITS = {"status": "pending", "createdAt": 10**13}
+KNOWN = {  # with what is in schemathesis.toml
+    "conversations": {"conv-1": [HI]},
+    "documents": {"doc-1": {"content": "new", "timestamp": 2}},
+    "commands": {
+        "cmd-1": {**WAITS, "type": "execute_bash", "command": "cat", "stdin": True},
+        "ask-1": {**WAITS, "type": "user_input", "prompt": "What?"},
+    },
+}
 
 
 def ask_by_schema(server, folder, *options):
@@ -43,6 +53,9 @@ def ask_by_schema(server, folder, *options):
 def test_schemathesis_finds_no_deviation(state, tmp_path, start):
     """No agent is there: what is queued is not to be done."""
     server = start(Server, state, tmp_path / "log", "--trusted-proxy", "127.0.0.1", "--execute-timeout", "1")
+    answer = server.ask("POST", "/sync", json=KNOWN)
+    assert answer.status_code == 200, answer.text
+    assert server.ask("PATCH", "/command/cmd-1", json={"status": "processing"}).status_code == 200
     returned, said = ask_by_schema(server, tmp_path)
     print(said[said.find("= SUMMARY =") :])
     assert returned == 0, said[:20_000]
