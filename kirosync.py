@@ -6878,7 +6878,7 @@ a { color: var(--link) } code, pre, textarea, input, select { font-family: ui-mo
 pre, form { background: var(--back); border: 1px solid var(--line); border-radius: 6px; padding: .75em; margin: .5em 0 }
 pre { overflow: auto; max-height: 30em; white-space: pre-wrap; overflow-wrap: anywhere }
 nav ul { columns: 18em }
-label { display: block; margin: .6em 0 .2em; font-weight: 600 } small { color: var(--faint); font-weight: 400 }
+label { display: inline-block; margin: .6em .5em .2em 0; font-weight: 600 } small { color: var(--faint) }
 input, select, textarea { width: 100%; padding: .4em; border: 1px solid var(--faint); border-radius: 4px }
 textarea { min-height: 8em; resize: vertical } button { margin-top: .75em; padding: .5em 1.5em; font: inherit }
 @media (max-width: 40em) { table { min-width: 34em } }
@@ -7044,10 +7044,10 @@ def shown_input(asked: Record, form: str) -> str:
     name, example = asked["name"], asked.get("example", "")
     value = html.escape(",".join(example) if isinstance(example, list) else str(example)) if asked["required"] else ""
     field, must = f"{form}-{name}", " required" if asked["required"] else ""
-    words = html.escape(asked["description"])
+    about = f"{asked['in']}{',' if must else ''}{must}: {shown_words(asked['description'])}"
     return (
-        f'<label for="{field}">{name} <small>{asked["in"]}{"," if must else ""}{must}: {words}</small></label>'
-        f'<input id="{field}" name="{name}" data-in="{asked["in"]}" value="{value}" autocomplete="off"{must}>'
+        f'<label for="{field}">{name}</label><small id="{field}-is">{about}</small><input id="{field}" name="{name}" '
+        f'data-in="{asked["in"]}" value="{value}" aria-describedby="{field}-is" autocomplete="off"{must}>'
     )
 
 
@@ -7061,9 +7061,9 @@ def shown_body(body: Record, form: str) -> str:
     options = "".join(f'<option value="{html.escape(text)}">{name}' for name, text in texts.items())
     return (
         f'<label for="{form}-example">Example</label><select id="{form}-example" data-example>{options}</select>'
-        f'<label for="{form}-body">Body <small>{media}, {shown_kind(content["schema"])}</small></label>'
-        f'<textarea id="{form}-body" data-media="{media}" spellcheck="false">{html.escape(next(iter(texts.values())))}'
-        "</textarea>"
+        f'<label for="{form}-body">Body</label><small id="{form}-is">{media}, {shown_kind(content["schema"])}</small>'
+        f'<textarea id="{form}-body" data-media="{media}" aria-describedby="{form}-is" spellcheck="false">'
+        f"{html.escape(next(iter(texts.values())))}</textarea>"
     )
 
 
@@ -7077,8 +7077,8 @@ def shown_form(method: str, path: str, said: Record) -> str:
     return (
         f'<form aria-label="Try {method} {path}" data-method="{method}" data-path="{path}"{secured}>{inputs}{body}'
         '<button>Send</button><p role="status"></p>'
-        '<pre class="answer" tabindex="0" aria-label="Headers" hidden></pre>'
-        '<pre class="answer" tabindex="0" aria-label="Answer" hidden></pre></form>'
+        '<pre class="answer" tabindex="0" role="region" aria-label="Headers" hidden></pre>'
+        '<pre class="answer" tabindex="0" role="region" aria-label="Answer" hidden></pre></form>'
     )
 
 
@@ -7123,7 +7123,9 @@ def shown_curl(method: str, path: str, said: Record) -> str:
         parts += [f"-H 'Content-Type: {media}'", f"--data-binary {shlex.quote(text)}"]
     query = "&".join(f"{each['name']}={each['example']}" for each in said["parameters"] if each.get("required"))
     url = f"http://{HOST}{path.replace('{id}', 'example')}{'?' if query else ''}{query}"
-    return f'<pre tabindex="0" aria-label="curl">{html.escape(" ".join([*parts, shlex.quote(url)]))}</pre>'
+    return (
+        f'<pre tabindex="0" role="region" aria-label="curl">{html.escape(" ".join([*parts, shlex.quote(url)]))}</pre>'
+    )
 
 
 def shown_type(kind: str) -> Sequence[str]:
