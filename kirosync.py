@@ -5829,7 +5829,7 @@ class Service:
     def send(self, pieces: list[bytes], ends: list[int]) -> bytes | Iterator[bytes]:
         """Return what is to be sent of a body in *pieces*: compressed if that is wanted; if it is long, in blocks."""
         response, size = bottle.response, ends[-1]
-        response.set_header("Vary", "Accept-Encoding")
+        response.add_header("Vary", "Accept-Encoding")
         wanted = size >= GZIP_BYTES and bottle.request.method != "HEAD"
         compress = wanted and ACCEPTS_GZIP.search(header("Accept-Encoding"))
         if compress:
@@ -5926,19 +5926,28 @@ class Service:
     # What is answered
 
     def get_home(self) -> Any:
-        """This page, for a browser; else what the service is, as JSON."""
-        if "text/html" not in header("Accept"):
-            return {"service": "kirosync", "version": __version__, "docs": "/docs", "health": "/health"}
+        """The page, for a browser, if console.html is there beside kirosync.py; else what the service is, as JSON."""
+        bottle.response.add_header("Vary", "Accept")
+        if "text/html" in header("Accept"):
+            with contextlib.suppress(OSError):  # it is not there, or not for us
+                return self.page(console_page(stamp_at(CONSOLE)))
+        return {"service": "kirosync", "version": __version__, "docs": "/docs", "health": "/health"}
+
+    def page(self, page: Page) -> bytes:
+        """Answer with *page*, or that it is as the browser knows it."""
         bottle.response.content_type = "text/html; charset=utf-8"
-        page = Path(__file__).with_name("console.html")
-        return page.read_bytes() if page.exists() else self.get_docs()
+        for name, value in {**PAGE_HEADERS, "Content-Security-Policy": page.policy, "ETag": page.tag}.items():
+            bottle.response.set_header(name, value)
+        if page.tag in header("If-None-Match"):
+            bottle.response.status = 304
+            return b""
+        return page.body
 
     def get_docs(self) -> bytes:
         """This documentation."""
-        bottle.response.content_type = "text/html; charset=utf-8"
         host = header("Host")  # which will be pasted into a shell
         shown = host if re.fullmatch(r"[\w.:\[\]-]{1,255}", host, re.ASCII) else "HOST"
-        return docs_page().replace(HOST.encode(), shown.encode())
+        return self.page(page_of(docs_page().replace(HOST.encode(), shown.encode())))
 
     def get_openapi(self) -> bytes:
         """The routes, for programs: an OpenAPI 3.1 document."""
@@ -6617,6 +6626,45 @@ def exposed(name: str, kind: str, samples: Iterable[tuple[Record, float]]) -> st
 
 def escaped(text: str) -> str:
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+class Page(NamedTuple):
+    """A page as it is sent, what it may do in a browser, and by what one knows that it has not changed."""
+
+    body: bytes
+    policy: str
+    tag: str
+
+
+CONSOLE = str(Path(__file__).absolute().with_name("console.html"))
+INLINE = re.compile(rb"<!--.*?-->|<(script|style)\b[^>]*>(.*?)</\1\s*>", re.DOTALL | re.IGNORECASE)
+POLICY = (  # nothing from elsewhere, nothing to elsewhere, and of scripts only those that belong to the page
+    "default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types rendered"
+)
+PAGE_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+PAGE_HEADERS |= {"Cross-Origin-Opener-Policy": "same-origin", "Cache-Control": "no-cache"}
+
+
+def page_of(body: bytes) -> Page:
+    """Return the page that *body* is; its policy lets run what is written in it, each by its hash, and nothing else.
+
+    >>> page_of(b"<style>p{}</style>").policy[:47]
+    "default-src 'none'; script-src 'none'; style-sr"
+    """
+    hashes: dict[str, list[str]] = {"script": [], "style": []}
+    for kind, text in INLINE.findall(body.replace(b"\r\n", b"\n")):  # as a browser reads it
+        if kind:  # else it is a comment
+            hashed = base64.b64encode(hashlib.sha256(text).digest()).decode()
+            hashes[kind.decode().lower()].append(f"'sha256-{hashed}'")
+    allowed = {kind: " ".join(each) or "'none'" for kind, each in hashes.items()}
+    return Page(body, POLICY.format(**allowed), f'W/"{digest(body)[:32]}"')
+
+
+@functools.lru_cache(maxsize=1)
+def console_page(stamp: Stamp) -> Page:
+    """Return the page that lies beside this file, which has that *stamp*; raise OSError."""
+    return page_of(Path(CONSOLE).read_bytes())
 
 
 def shown_version(name: str, document: Record) -> Record:

@@ -89,7 +89,7 @@ def test_the_answers_to_who_has_no_token_and_to_who_asks_for_nothing(client):
 def test_home_docs_and_health_are_public(client):
     client.authorization = None
     assert client.get("/").json["service"] == "kirosync"
-    assert "<h1>" in client.get("/", headers={"Accept": "text/html,*/*"}).text
+    assert "<h1>" in client.get("/docs", headers={"Accept": "text/html,*/*"}).text
     health = client.get("/health").json
     assert health["status"] == "healthy"
     assert health["server"].keys() == {"running", "port", "host", "uptime"}
