@@ -4734,7 +4734,7 @@ PRINT |= {"X-Command-Status": Status}
 TAG = {"ETag": str}
 
 HTML, TEXT = "text/html", "text/plain"
-PAGE_OF_HTML = Answer(str, media=HTML)
+PAGE_OF_HTML = Answer(str, media=HTML, headers=TAG | {"Content-Security-Policy": str})
 ABOUT_US = Answer(shape("About", dict.fromkeys(("service", "version", "docs", "health"), str), {}))
 DOCUMENTED = Answer(dict[str, Any])
 HEALTHY = Answer(WELL)
@@ -4771,8 +4771,8 @@ HEARD = Answer(shape("Heard", DONE, {}))
 COMMAND_AT, DOCUMENT_AT, AGENT_AT = "/command/<identity:path>", "/document/<identity:path>", "/agents/<identity:path>"
 CONTENTS = {
     "Service": (
-        Route("GET", "/", "get_home", PUBLIC, says=(ABOUT_US, PAGE_OF_HTML)),
-        Route("GET", "/docs", "get_docs", PUBLIC, says=(PAGE_OF_HTML,)),
+        Route("GET", "/", "get_home", PUBLIC, (UNLESS,), None, (ABOUT_US, PAGE_OF_HTML, UNCHANGED)),
+        Route("GET", "/docs", "get_docs", PUBLIC, (UNLESS,), None, (PAGE_OF_HTML, UNCHANGED)),
         Route("GET", "/openapi.json", "get_openapi", PUBLIC, says=(DOCUMENTED,)),
         Route("GET", "/health", "get_health", PUBLIC, says=(HEALTHY, UNHEALTHY)),
         Route("GET", "/metrics", "get_metrics", READ, says=(FIGURES,)),
@@ -5925,29 +5925,29 @@ class Service:
 
     # What is answered
 
-    def get_home(self) -> Any:
+    def get_home(self, if_none_match: str) -> Any:
         """The page, for a browser, if console.html is there beside kirosync.py; else what the service is, as JSON."""
         bottle.response.add_header("Vary", "Accept")
         if "text/html" in header("Accept"):
             with contextlib.suppress(OSError):  # it is not there, or not for us
-                return self.page(console_page(stamp_at(CONSOLE)))
+                return self.page(console_page(stamp_at(CONSOLE)), if_none_match)
         return {"service": "kirosync", "version": __version__, "docs": "/docs", "health": "/health"}
 
-    def page(self, page: Page) -> bytes:
-        """Answer with *page*, or that it is as the browser knows it."""
+    def page(self, page: Page, known: str) -> bytes:
+        """Answer with *page*, or that it is as the browser knows it, by the *known* tag."""
         bottle.response.content_type = "text/html; charset=utf-8"
         for name, value in {**PAGE_HEADERS, "Content-Security-Policy": page.policy, "ETag": page.tag}.items():
             bottle.response.set_header(name, value)
-        if page.tag in header("If-None-Match"):
+        if page.tag in known:
             bottle.response.status = 304
             return b""
         return page.body
 
-    def get_docs(self) -> bytes:
+    def get_docs(self, if_none_match: str) -> bytes:
         """This documentation."""
         host = header("Host")  # which will be pasted into a shell
         shown = host if re.fullmatch(r"[\w.:\[\]-]{1,255}", host, re.ASCII) else "HOST"
-        return self.page(page_of(docs_page().replace(HOST.encode(), shown.encode())))
+        return self.page(page_of(docs_page().replace(HOST.encode(), shown.encode())), if_none_match)
 
     def get_openapi(self) -> bytes:
         """The routes, for programs: an OpenAPI 3.1 document."""
