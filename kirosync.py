@@ -4528,9 +4528,8 @@ class Parameter(NamedTuple):
         try:
             (text,) = texts
             text = text.encode("latin-1").decode()
-            value = msgspec.convert(
-                [*filter(None, text.split(","))] if get_origin(self.kind) is list else text, self.kind, strict=False
-            )
+            parts = [*filter(None, text.split(","))] if get_origin(self.kind) is list else text
+            value = msgspec.convert(parts, self.kind, strict=False)
             return value if self.most is math.inf else min(value, self.most)
         except (ValueError, UnicodeError):
             problem = "is required" if not texts else f"must be {self.words.partition(';')[0]}"
@@ -5727,11 +5726,11 @@ class Service:
 
     def apply(self, handler: Callable[..., Any], route: Any) -> Callable[..., Any]:
         declared: Route = route.config["declared"]
-        path = readable(declared.path)
+        path, asks = readable(declared.path), {each.argument: each for each in declared.asks}
 
         def ask(**places: str) -> Any:
             bottle.request.environ["kirosync.route"] = declared
-            return self.answer(lambda: handler(**places, **arguments_of(declared)), declared.scopes, path)
+            return self.answer(lambda: handler(**places, **arguments_of(asks)), declared.scopes, path)
 
         return ask
 
@@ -6584,14 +6583,12 @@ class Service:
         return time.monotonic() + left / 1000, command
 
 
-def arguments_of(route: Route) -> Record:
-    """Return what a request says in its query and its headers, as *route* asks for it, by the handler's arguments."""
-    query = bottle.request.query
+def arguments_of(asks: dict[str, Parameter]) -> Record:
+    """Return what a request says of what it may, in its query and its headers, by the handler's arguments."""
+    query = bottle.request.query.dict if asks else {}
     return {
-        each.argument: each.read(
-            query.getall(each.name) if each.place == "query" else [*filter(None, [header(each.name)])]
-        )
-        for each in route.asks
+        name: asked.read(query.get(asked.name, ()) if asked.place == "query" else [*filter(None, [header(asked.name)])])
+        for name, asked in asks.items()
     }
 
 
