@@ -4528,9 +4528,8 @@ class Parameter(NamedTuple):
         try:
             (text,) = texts
             text = text.encode("latin-1").decode()
-            value = msgspec.convert(
-                [*filter(None, text.split(","))] if get_origin(self.kind) is list else text, self.kind, strict=False
-            )
+            parts = [*filter(None, text.split(","))] if get_origin(self.kind) is list else text
+            value = msgspec.convert(parts, self.kind, strict=False)
             return value if self.most is math.inf else min(value, self.most)
         except (ValueError, UnicodeError):
             problem = "is required" if not texts else f"must be {self.words.partition(';')[0]}"
@@ -4734,7 +4733,7 @@ PRINT |= {"X-Command-Status": Status}
 TAG = {"ETag": str}
 
 HTML, TEXT = "text/html", "text/plain"
-PAGE_OF_HTML = Answer(str, media=HTML)
+PAGE_OF_HTML = Answer(str, media=HTML, headers=TAG | {"Content-Security-Policy": str})
 ABOUT_US = Answer(shape("About", dict.fromkeys(("service", "version", "docs", "health"), str), {}))
 DOCUMENTED = Answer(dict[str, Any])
 HEALTHY = Answer(WELL)
@@ -4771,8 +4770,8 @@ HEARD = Answer(shape("Heard", DONE, {}))
 COMMAND_AT, DOCUMENT_AT, AGENT_AT = "/command/<identity:path>", "/document/<identity:path>", "/agents/<identity:path>"
 CONTENTS = {
     "Service": (
-        Route("GET", "/", "get_home", PUBLIC, says=(ABOUT_US, PAGE_OF_HTML)),
-        Route("GET", "/docs", "get_docs", PUBLIC, says=(PAGE_OF_HTML,)),
+        Route("GET", "/", "get_home", PUBLIC, (UNLESS,), None, (ABOUT_US, PAGE_OF_HTML, UNCHANGED)),
+        Route("GET", "/docs", "get_docs", PUBLIC, (UNLESS,), None, (PAGE_OF_HTML, UNCHANGED)),
         Route("GET", "/openapi.json", "get_openapi", PUBLIC, says=(DOCUMENTED,)),
         Route("GET", "/health", "get_health", PUBLIC, says=(HEALTHY, UNHEALTHY)),
         Route("GET", "/metrics", "get_metrics", READ, says=(FIGURES,)),
@@ -5727,11 +5726,11 @@ class Service:
 
     def apply(self, handler: Callable[..., Any], route: Any) -> Callable[..., Any]:
         declared: Route = route.config["declared"]
-        path = readable(declared.path)
+        path, asks = readable(declared.path), {each.argument: each for each in declared.asks}
 
         def ask(**places: str) -> Any:
             bottle.request.environ["kirosync.route"] = declared
-            return self.answer(lambda: handler(**places, **arguments_of(declared)), declared.scopes, path)
+            return self.answer(lambda: handler(**places, **arguments_of(asks)), declared.scopes, path)
 
         return ask
 
@@ -5925,29 +5924,29 @@ class Service:
 
     # What is answered
 
-    def get_home(self) -> Any:
+    def get_home(self, if_none_match: str) -> Any:
         """The page, for a browser, if console.html is there beside kirosync.py; else what the service is, as JSON."""
         bottle.response.add_header("Vary", "Accept")
         if "text/html" in header("Accept"):
             with contextlib.suppress(OSError):  # it is not there, or not for us
-                return self.page(console_page(stamp_at(CONSOLE)))
+                return self.page(console_page(stamp_at(CONSOLE)), if_none_match)
         return {"service": "kirosync", "version": __version__, "docs": "/docs", "health": "/health"}
 
-    def page(self, page: Page) -> bytes:
-        """Answer with *page*, or that it is as the browser knows it."""
+    def page(self, page: Page, known: str) -> bytes:
+        """Answer with *page*, or that it is as the browser knows it, by the *known* tag."""
         bottle.response.content_type = "text/html; charset=utf-8"
         for name, value in {**PAGE_HEADERS, "Content-Security-Policy": page.policy, "ETag": page.tag}.items():
             bottle.response.set_header(name, value)
-        if page.tag in header("If-None-Match"):
+        if page.tag in known:
             bottle.response.status = 304
             return b""
         return page.body
 
-    def get_docs(self) -> bytes:
+    def get_docs(self, if_none_match: str) -> bytes:
         """This documentation."""
         host = header("Host")  # which will be pasted into a shell
         shown = host if re.fullmatch(r"[\w.:\[\]-]{1,255}", host, re.ASCII) else "HOST"
-        return self.page(page_of(docs_page().replace(HOST.encode(), shown.encode())))
+        return self.page(page_of(docs_page().replace(HOST.encode(), shown.encode())), if_none_match)
 
     def get_openapi(self) -> bytes:
         """The routes, for programs: an OpenAPI 3.1 document."""
@@ -6584,14 +6583,12 @@ class Service:
         return time.monotonic() + left / 1000, command
 
 
-def arguments_of(route: Route) -> Record:
-    """Return what a request says in its query and its headers, as *route* asks for it, by the handler's arguments."""
-    query = bottle.request.query
+def arguments_of(asks: dict[str, Parameter]) -> Record:
+    """Return what a request says of what it may, in its query and its headers, by the handler's arguments."""
+    query = bottle.request.query.dict if asks else {}
     return {
-        each.argument: each.read(
-            query.getall(each.name) if each.place == "query" else [*filter(None, [header(each.name)])]
-        )
-        for each in route.asks
+        name: asked.read(query.get(asked.name, ()) if asked.place == "query" else [*filter(None, [header(asked.name)])])
+        for name, asked in asks.items()
     }
 
 
@@ -6926,7 +6923,7 @@ a { color: var(--link) } code, pre, textarea, input, select { font-family: ui-mo
 pre, form { background: var(--back); border: 1px solid var(--line); border-radius: 6px; padding: .75em; margin: .5em 0 }
 pre { overflow: auto; max-height: 30em; white-space: pre-wrap; overflow-wrap: anywhere }
 nav ul { columns: 18em }
-label { display: block; margin: .6em 0 .2em; font-weight: 600 } small { color: var(--faint); font-weight: 400 }
+label { display: inline-block; margin: .6em .5em .2em 0; font-weight: 600 } small { color: var(--faint) }
 input, select, textarea { width: 100%; padding: .4em; border: 1px solid var(--faint); border-radius: 4px }
 textarea { min-height: 8em; resize: vertical } button { margin-top: .75em; padding: .5em 1.5em; font: inherit }
 @media (max-width: 40em) { table { min-width: 34em } }
@@ -7092,10 +7089,10 @@ def shown_input(asked: Record, form: str) -> str:
     name, example = asked["name"], asked.get("example", "")
     value = html.escape(",".join(example) if isinstance(example, list) else str(example)) if asked["required"] else ""
     field, must = f"{form}-{name}", " required" if asked["required"] else ""
-    words = html.escape(asked["description"])
+    about = f"{asked['in']}{',' if must else ''}{must}: {shown_words(asked['description'])}"
     return (
-        f'<label for="{field}">{name} <small>{asked["in"]}{"," if must else ""}{must}: {words}</small></label>'
-        f'<input id="{field}" name="{name}" data-in="{asked["in"]}" value="{value}" autocomplete="off"{must}>'
+        f'<label for="{field}">{name}</label><small id="{field}-is">{about}</small><input id="{field}" name="{name}" '
+        f'data-in="{asked["in"]}" value="{value}" aria-describedby="{field}-is" autocomplete="off"{must}>'
     )
 
 
@@ -7109,9 +7106,9 @@ def shown_body(body: Record, form: str) -> str:
     options = "".join(f'<option value="{html.escape(text)}">{name}' for name, text in texts.items())
     return (
         f'<label for="{form}-example">Example</label><select id="{form}-example" data-example>{options}</select>'
-        f'<label for="{form}-body">Body <small>{media}, {shown_kind(content["schema"])}</small></label>'
-        f'<textarea id="{form}-body" data-media="{media}" spellcheck="false">{html.escape(next(iter(texts.values())))}'
-        "</textarea>"
+        f'<label for="{form}-body">Body</label><small id="{form}-is">{media}, {shown_kind(content["schema"])}</small>'
+        f'<textarea id="{form}-body" data-media="{media}" aria-describedby="{form}-is" spellcheck="false">'
+        f"{html.escape(next(iter(texts.values())))}</textarea>"
     )
 
 
@@ -7125,8 +7122,8 @@ def shown_form(method: str, path: str, said: Record) -> str:
     return (
         f'<form aria-label="Try {method} {path}" data-method="{method}" data-path="{path}"{secured}>{inputs}{body}'
         '<button>Send</button><p role="status"></p>'
-        '<pre class="answer" tabindex="0" aria-label="Headers" hidden></pre>'
-        '<pre class="answer" tabindex="0" aria-label="Answer" hidden></pre></form>'
+        '<pre class="answer" tabindex="0" role="region" aria-label="Headers" hidden></pre>'
+        '<pre class="answer" tabindex="0" role="region" aria-label="Answer" hidden></pre></form>'
     )
 
 
@@ -7171,7 +7168,9 @@ def shown_curl(method: str, path: str, said: Record) -> str:
         parts += [f"-H 'Content-Type: {media}'", f"--data-binary {shlex.quote(text)}"]
     query = "&".join(f"{each['name']}={each['example']}" for each in said["parameters"] if each.get("required"))
     url = f"http://{HOST}{path.replace('{id}', 'example')}{'?' if query else ''}{query}"
-    return f'<pre tabindex="0" aria-label="curl">{html.escape(" ".join([*parts, shlex.quote(url)]))}</pre>'
+    return (
+        f'<pre tabindex="0" role="region" aria-label="curl">{html.escape(" ".join([*parts, shlex.quote(url)]))}</pre>'
+    )
 
 
 def shown_type(kind: str) -> Sequence[str]:
