@@ -15,7 +15,7 @@ import bs4
 import hypothesis.strategies as some
 import pytest
 import webtest
-from conftest import ROOT, TOKEN, Server, until
+from conftest import TOKEN, Server, until
 from hypothesis import given
 
 import kirosync
@@ -44,24 +44,6 @@ def client(service):
 def render(client):
     """What POST /render makes of texts."""
     return lambda *texts: client.post_json("/render", {"texts": texts}).json["html"]
-
-
-@pytest.fixture
-def copied(tmp_path, start):
-    """Start a service from a folder where there is nothing else but *files*; *limits* are numbers it is to have."""
-
-    def copied(files=(), **limits):
-        folder = tmp_path / "code"
-        folder.mkdir()
-        text = (ROOT / "kirosync.py").read_text()
-        for name, value in limits.items():
-            text, count = re.subn(rf"^{name} = \S+", f"{name} = {value}", text, flags=re.MULTILINE)
-            assert count == 1
-        for name, content in {"kirosync.py": text, **dict(files)}.items():
-            (folder / name).write_bytes(content.encode())
-        return start(Server, tmp_path / "state", tmp_path / "log", program=folder / "kirosync.py")
-
-    return copied
 
 
 def children(pid):
