@@ -1297,6 +1297,23 @@ def measured(texts: Iterable[Record]) -> list[Record | None]:
     return chosen
 
 
+ADDRESS_IN_TEXT = re.compile(r"https?://[^\s<>\"'`]*[^\s<>\"'`.,;:!?)\]}*_~]")
+
+
+def addresses_in(text: str) -> Iterator[tuple[str, bool]]:
+    """Yield *text* in parts, each with whether it is an address of the web, as people write them into sentences.
+
+    >>> [*addresses_in("(see https://a.example/b?c=d.)")]
+    [('(see ', False), ('https://a.example/b?c=d', True), ('.)', False)]
+    """
+    at = 0
+    for found in ADDRESS_IN_TEXT.finditer(text):
+        yield from [(text[at : found.start()], False)] if found.start() > at else []
+        yield found[0], True
+        at = found.end()
+    yield from [(text[at:], False)] if at < len(text) else []
+
+
 CURRENT = "current"  # the name of the version of a document that it has now
 
 
@@ -5267,6 +5284,7 @@ class Painter:
         self.format = self.pygments.formatters.HtmlFormatter(nowrap=True)
         self.parser = markdown_it.MarkdownIt("js-default", {"highlight": self.fenced})
         self.parser.add_render_rule("image", shown_image)
+        self.parser.core.ruler.push("addresses", link_addresses)
         classes = {"span": {"class": {*filter(None, self.pygments.token.STANDARD_TYPES.values())}}}
         self.clean_code = partial(nh3.clean, tags={"span"}, attributes={}, tag_attribute_values=classes)
         self.clean = partial(
@@ -5302,6 +5320,26 @@ class Painter:
                 made = str(self.pygments.highlight(text, lexer, self.format))
                 return made if text.endswith("\n") else made.removesuffix("\n")
         return None
+
+
+def link_addresses(state: Any) -> None:
+    """Make the addresses in the text of Markdown links; its library wants another one for that."""
+    for block in state.tokens:
+        made, depth = list[Any](), 0
+        for token in block.children or ():
+            depth += token.nesting if token.type.startswith("link_") else 0
+            made += linked(token) if token.type == "text" and not depth and "://" in token.content else [token]
+        block.children = made if block.children else block.children
+
+
+def linked(token: Any) -> Iterator[Any]:
+    """Yield the tokens that a text *token* becomes."""
+    for text, is_address in addresses_in(token.content):
+        if is_address:
+            yield type(token)("link_open", "a", 1, attrs={"href": text})
+        yield type(token)("text", "", 0, content=text)
+        if is_address:
+            yield type(token)("link_close", "a", -1)
 
 
 def shown_image(_: Any, tokens: Sequence[Any], place: int, *__: Any) -> str:

@@ -274,6 +274,10 @@ def test_a_link_goes_to_the_web_or_to_a_mailbox_and_an_image_is_a_link(render):
     )
     assert made[2] == f'<p><a href="https://y.example" {link}>badge now</a></p>\n'
     assert "href" not in made[3]
+    text = "see https://x.example/a_b_c?d=1&e=2, [not https://y.example](https://z.example) or `https://code`; ftp://x"
+    shown = render({"text": text, "as": "markdown"})[0]
+    assert f'see <a href="https://x.example/a_b_c?d=1&amp;e=2" {link}>https://x.example/a_b_c?d=1&amp;e=2</a>,' in shown
+    assert re.findall('href="(.*?)"', shown)[1:] == ["https://z.example"]
 
 
 HOSTILE = [
@@ -287,6 +291,7 @@ HOSTILE = [
     "| a |\n|:-:|\n| <b style=x> |\n\n<style>*{display:none}</style>\n\n<a id=x name=y href=https://a.example>z</a>",
     "&lt;script&gt;alert(1)&lt;/script&gt; &#x3c;script&#x3e; \\<script\\> <!-- --><![CDATA[<script>]]><?x?>",
     "<math><mtext><table><mglyph><style><!--</style><img title='--&gt;&lt;img src=1 onerror=alert(1)&gt;'>",
+    'https://a.example/"onmouseover="alert(1) https://a.example/<script>alert(1)</script> http://javascript:alert(1)',
     "[a]: javascript:alert(1)\n[b]: <data:text/html,x> 'x'\n\n[a] [b] [x][a]\n\nx[^1]\n\n[^1]: y",
     "\0\ufffe\u2028\u202e\x1b[31m<script\0>alert(1)</script\0>",
 ]
