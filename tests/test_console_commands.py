@@ -302,7 +302,7 @@ def test_results_are_shown_as_what_they_are(page, server, worker, tmp_path):
     record = look(page, "commands", order(server, type="code_search", query="needle", path=str(file.parent)))
     expect(record.get_by_role("listitem").filter(has_text="a<b>.py:2")).to_contain_text("needle = 2")
     record = look(page, "commands", order(server, type="read_file", path=str(file)))
-    expect(record.get_by_role("region", name="Content")).to_contain_text("x = 1\nneedle = 2")
+    expect(record.get_by_role("group", name="Content")).to_contain_text("x = 1\nneedle = 2")
     binary = order(server, type="execute_bash", command=f"printf '\\xff\\x00' > '{file}.bin'")
     has_ended(server, binary)
     record = look(page, "commands", order(server, type="read_file", path=f"{file}.bin"))
