@@ -14,8 +14,9 @@ import kirosync
 
 expect.set_options(timeout=15_000)  # ms; a machine may do much else
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script> \u202egnp.exe"
-ORDERS = json.loads(kirosync.openapi())["paths"]["/command"]["post"].get("requestBody", {})
-says_what_can_be_ordered = pytest.mark.skipif(not ORDERS, reason="the service does not say what can be ordered")
+says_what_can_be_ordered = pytest.mark.skipif(
+    b'"oneOf"' not in kirosync.openapi(), reason="the service does not say what can be ordered"
+)
 
 
 @pytest.fixture
