@@ -14,9 +14,6 @@ import kirosync
 
 expect.set_options(timeout=15_000)  # ms; a machine may do much else
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script> \u202egnp.exe"
-says_what_can_be_ordered = pytest.mark.skipif(
-    b'"oneOf"' not in kirosync.openapi(), reason="the service does not say what can be ordered"
-)
 
 
 @pytest.fixture
@@ -400,7 +397,6 @@ def field(page, name):
     return page.get_by_label(re.compile(rf"^{name}\b"))
 
 
-@says_what_can_be_ordered
 def test_a_command_is_ordered_by_its_fields(page, server, worker, tmp_path):
     look(page, "commands")
     page.get_by_role("link", name="New command").click()
@@ -431,7 +427,6 @@ def test_a_command_is_ordered_by_its_fields(page, server, worker, tmp_path):
     assert "pty" not in record
 
 
-@says_what_can_be_ordered
 def test_all_types_are_offered_with_what_they_require(page, server):
     look(page, "commands", "new")
     for kind, (required, _, _) in kirosync.ORDERS.items():
@@ -447,7 +442,6 @@ def test_all_types_are_offered_with_what_they_require(page, server):
     expect(page.get_by_role("region", name="Record")).to_contain_text("answered after")
 
 
-@says_what_can_be_ordered
 def test_an_editors_commands_are_offered(page, server):
     about = {"kind": "ide", "types": ["kiro_command"], "availableCommands": ["workbench.action.files.save"]}
     server.ask("PUT", "/agents/studio", json=about)
@@ -457,7 +451,6 @@ def test_an_editors_commands_are_offered(page, server):
     assert page.get_by_label("command", exact=True).get_attribute("list") == "offer-commands"
 
 
-@says_what_can_be_ordered
 def test_a_tap_that_is_repeated_since_no_answer_came_runs_once_and_nothing_typed_is_lost(page, server):
     look(page, "commands", "new")
     page.get_by_role("textbox", name="command").fill("echo once")
@@ -477,7 +470,6 @@ def test_a_tap_that_is_repeated_since_no_answer_came_runs_once_and_nothing_typed
     assert len(server.ask("GET", "/commands").json()["commands"]) == 1
 
 
-@says_what_can_be_ordered
 def test_what_the_service_refuses_is_said_at_the_field(page, server):
     look(page, "commands", "new")
     page.get_by_role("combobox", name=re.compile("^type")).select_option("user_input")
