@@ -16,32 +16,54 @@ after the service was restarted, the connection was lost, or (if it has a file) 
 is kept until the service has acknowledged it. When the service no longer has what it had (a restored backup), the
 change says what is missing there, and ``write`` brings that back.
 
+It is a program, too, for a human at a terminal and for scripts:
+
+    client.py run -- make test      runs it where the agent is, as if it ran here
+    client.py --help                lists the rest, and the exit codes
+
 The sections, each of which uses only what stands above it, and the one rule of each:
 
     Errors    what may go wrong between here and a service
-    Rules     how two versions become one, as the service does it; no network, no disk, no clock
+    Rules     what becomes of two versions, and how things are told; no network, no disk, no clock
     Service   requests and answers
     Copy      the state of a service, here
+    Terminal  what is said to who sits there, and what they can ask for; with the files of a folder
+    Main      argv, the environment, settings, signals
 """
 
 from __future__ import annotations
 
+import argparse
+import base64
 import bisect
 import contextlib
 import functools
+import itertools
 import json
 import os
+import queue
 import random
+import re
+import secrets
+import select
+import shlex
+import shutil
+import signal
+import stat
+import sys
 import threading
 import time
+import tomllib
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
-from urllib.parse import urlencode
+from typing import Any, NamedTuple, TypeVar, cast
+from urllib.parse import quote, urlencode
 
 import urllib3
 
 Record = dict[str, Any]
+T = TypeVar("T")
 
 
 # ---------------------------------------------------------------------------------------- Errors
@@ -51,9 +73,17 @@ Record = dict[str, Any]
 class Unreachable(Exception):
     """The service cannot be reached now, or not do what was asked; later it may. ``pause`` (s) is what it asks for."""
 
-    def __init__(self, problem: str, pause: float = 0) -> None:
+    def __init__(self, problem: str, pause: float = 0, body: Record | None = None) -> None:
         super().__init__(problem)
-        self.pause = pause
+        self.pause, self.body = pause, body or {}
+
+
+class Unconnected(Unreachable):
+    """Nobody answers at that address; nothing was sent."""
+
+
+class Unwelcome(Unreachable):
+    """The service does not take the token, or not for this."""
 
 
 class Refused(Exception):
@@ -64,8 +94,12 @@ class Refused(Exception):
         self.status, self.body = status, body
 
 
+class Misused(Exception):
+    """What was typed, or stands in the settings, cannot be followed; the text says why."""
+
+
 # ---------------------------------------------------------------------------------------- Rules
-# How two versions become one, as the service does it. tests/vectors.json says it by examples.
+# How two versions become one, as the service does it (tests/vectors.json says it by examples), and how things are told.
 
 KINDS = ("conversations", "documents", "commands")
 EMPTY: Record = {kind: {} for kind in KINDS}
@@ -220,11 +254,231 @@ def missing(state: Record, before: Record) -> Record:
     return {kind: records for kind, records in lost.items() if records}
 
 
+# How a command ended, as an exit code: of one that ran its own. EXIT says the rest of them, by their meaning.
+EXIT = {
+    0: "done; and of run and wait: the command's own exit code, 128 + n if signal n killed it",
+    1: "refused or failed; of ask --confirm: no; of doctor: something is bad; of sync: something is left",
+    2: "not what can be typed here, or the settings are wrong",
+    69: "the service cannot be reached",
+    70: "it was started, and how it ended is unknown (lost)",
+    75: "nobody took it in time (expired)",
+    77: "the token is not accepted, or may not do this; or the agent's policy refused it",
+    124: "it took too long (timeout); of ask: nobody answered",
+    130: "cancelled",
+    141: "whoever read what is printed went away",
+}
+OUTCOMES = {"ok": 0, "error": 1, "lost": 70, "expired": 75, "refused": 77, "timeout": 124, "cancelled": 130}
+ENDED = ("completed", "failed")
+
+
+def exit_code(command: Record) -> int:
+    """Return the exit code that says how *command* ended.
+
+    >>> exit_code({"outcome": "exit", "result": {"exitCode": 3}}), exit_code({"outcome": "timeout"})
+    (3, 124)
+    >>> exit_code({"type": "user_input", "outcome": "expired"})
+    124
+    """
+    outcome, result = command.get("outcome"), command.get("result")
+    if outcome == "exit" and isinstance(result, dict) and isinstance(code := result.get("exitCode"), int):
+        return code & 255 or 1
+    if outcome == "expired" and command.get("type") == "user_input":
+        return 124
+    return OUTCOMES.get(str(outcome), 1)
+
+
+def farewell(command: Record) -> str:
+    """Return what is to be said of how *command* ended, "" if its exit code says it all.
+
+    >>> farewell({"outcome": "exit", "result": {"exitCode": 137}})
+    'ended by signal 9 (exit code 137)'
+    >>> farewell({"outcome": "timeout", "error": "timed out after 3 s and was ended"})
+    'timeout: timed out after 3 s and was ended'
+    """
+    outcome = command.get("outcome")
+    if outcome in ("ok", "exit"):
+        code = exit_code(command)
+        return f"ended by signal {code - 128} (exit code {code})" if 128 < code < 128 + 65 else ""
+    return f"{outcome}: {command.get('error', 'it is not said why')}"
+
+
+def result_text(command: Record) -> bytes:
+    """Return what a *command* that has ended gave, for who asked: the text that is its point, or all of it as JSON.
+
+    >>> result_text({"type": "user_input", "result": {"value": "blue"}})
+    b'blue\\n'
+    """
+    result, point = command.get("result"), POINT.get(str(command.get("type")))
+    if not isinstance(result, dict) or not isinstance(text := result.get(point), str):
+        return b"" if result is None else f"{as_json(result)}\n".encode()
+    if point == "content":
+        return base64.b64decode(text) if result.get("encoding") == "base64" else text.encode("utf-8", "replace")
+    return f"{text}\n".encode("utf-8", "replace") if text and not text.endswith("\n") else text.encode()
+
+
+POINT = {"user_input": "value", "kiro_command": "output", "read_file": "content"}  # of a result
+
+
+def command_line(words: Sequence[str]) -> str:
+    """Return the line for a shell that *words* are: one is a line as it stands, several are a program's arguments.
+
+    >>> command_line(["ls | wc"]), command_line(["ls", "my files"])
+    ('ls | wc', "ls 'my files'")
+    """
+    return words[0] if len(words) == 1 else shlex.join(words)
+
+
+def order_of(words: Sequence[str], read: Callable[[str], str]) -> Record:
+    """Return the order that *words* say: a type, and field=text, field:=JSON or field=@FILE, which is *read*.
+
+    >>> order_of(["read_file", "path=/etc/hosts", "limit:=100"], str)
+    {'type': 'read_file', 'path': '/etc/hosts', 'limit': 100}
+    """
+    order: Record = {"type": words[0]}
+    for word in words[1:]:
+        found = re.match(r"([^=:@]+)(:?=)(@?)(.*)", word, re.DOTALL)
+        if not found:
+            raise Misused(f"{word}: not a field; write field=text, field:=JSON or field=@FILE")
+        field, sign, at, text = found.groups()
+        text = read(text) if at and sign == "=" else at + text
+        try:
+            order[field] = json.loads(text) if sign == ":=" else text
+        except ValueError as problem:
+            raise Misused(f"{field}:= wants JSON: {problem}") from None
+    return order
+
+
+VISIBLE = "\u00a0\u200d"  # neither moves a cursor nor reorders a line: a space, and what joins emoji
+
+
+def plain(text: str, keep: str = "") -> str:
+    """Return *text*, which somebody else wrote, with all that could steer a terminal made visible, but for *keep*.
+
+    >>> plain("a\\x1b[2Jb\\u202e")
+    'a\\\\x1b[2Jb\\\\u202e'
+    """
+    return "".join(
+        each if each.isprintable() or each in keep or each in VISIBLE else each.encode("unicode_escape").decode()
+        for each in text
+    )
+
+
+def as_json(value: Any) -> str:
+    """Return *value* as JSON in one line, which shows what it says and steers no terminal.
+
+    >>> as_json({"a": "ü\\x9b"})
+    '{"a": "ü\\\\u009b"}'
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in text)
+
+
+def cells(text: str) -> int:
+    """Return how many places *text* takes in a line of a terminal."""
+    return sum(
+        0 if unicodedata.combining(each) else 2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in text
+    )
+
+
+def table(rows: Sequence[Sequence[str]], width: int = 0) -> list[str]:
+    """Return *rows* as lines whose columns stand below each other; with a *width* the last one is cut to fit.
+
+    >>> table([["a", "one"], ["bcd", "two three"]], width=13)
+    ['a    one', 'bcd  two thr…']
+    """
+    made = [[plain(" ".join(text.split())) for text in row] for row in rows]
+    widths = [max(map(cells, column)) for column in zip(*(row[:-1] for row in made), strict=True)]
+    lines = []
+    for row in made:
+        start = "".join(text + " " * (wide - cells(text) + 2) for text, wide in zip(row[:-1], widths, strict=True))
+        lines.append(start + (cut(row[-1], max(8, width - cells(start))) if width else row[-1]))
+    return [line.rstrip() for line in lines]
+
+
+def cut(text: str, width: int) -> str:
+    """Return as much of *text* as takes *width* places, its end marked where something was left out.
+
+    >>> cut("abcdef", 4), cut("abcd", 4)
+    ('abc…', 'abcd')
+    """
+    if cells(text) <= width:
+        return text
+    while cells(text) > width - 1:
+        text = text[:-1]
+    return text + "…"
+
+
+def ago(milliseconds: Any) -> str:
+    """Return how long ago, or how long, that is, roughly.
+
+    >>> ago(90_000), ago(3 * 86_400_000), ago(None)
+    ('1m', '3d', '-')
+    """
+    if not isinstance(milliseconds, (int, float)):
+        return "-"
+    seconds = max(0, milliseconds) / 1000
+    size, unit = next(((size, unit) for size, unit in SPANS if seconds >= size), (1, "s"))
+    return f"{seconds / size:.0f}{unit}" if size == 1 else f"{seconds // size:.0f}{unit}"
+
+
+SPANS = ((86400, "d"), (3600, "h"), (60, "m"))
+
+
+def takers(command: Record, agents: Record) -> str:
+    """Return whom a pending *command* waits for, as a sentence says it; *agents* is what GET /agents lists.
+
+    >>> takers({"type": "execute_bash"}, {})
+    'for an agent that does execute_bash; none is there'
+    """
+    able = {
+        name: agent
+        for name, agent in agents.items()
+        if command.get("type") in agent.get("types", []) and command.get("target", name) == name
+    }
+    here = sorted(plain(name) for name, agent in able.items() if agent.get("present"))
+    if here:
+        return f"for {', '.join(here)}, which is busy, or asks a human first"
+    who = f"the agent {plain(str(command['target']))}" if "target" in command else "an agent"
+    return f"for {who} that does {command.get('type')}; none is there"
+
+
+def command_row(identity: str, command: Record, now: float) -> list[str]:
+    """Return the row of a *command* in a list: its id, how it stands, age, type, and what it is about."""
+    stands = command.get("outcome") if command.get("status") in ENDED else command.get("status")
+    about = next((str(command[field]) for field in ABOUT if command.get(field)), "")
+    about = f"{about} {command.get('operation', '')}" if "operation" in command else about
+    return [identity, str(stands), ago(now - command.get("createdAt", now)), str(command.get("type")), about]
+
+
+ABOUT = ("command", "path", "query", "prompt", "service")
+
+
+def document_row(identity: str, document: Record, now: float) -> list[str]:
+    size = len(document.get("content", "").encode("utf-8", "replace"))
+    return [identity, str(size), ago(now - document.get("timestamp", now)), str(document.get("language", ""))]
+
+
+def conversation_row(identity: str, messages: list[Record], now: float) -> list[str]:
+    last = messages[-1] if messages else {}
+    said = f"{last.get('role', '')}: {last.get('content', '')[:400]}" if last else ""
+    return [identity, str(len(messages)), ago(now - last.get("timestamp", now)), said]
+
+
+def agent_row(name: str, agent: Record, now: float) -> list[str]:
+    here = "here" if agent.get("present") else f"seen {ago(now - agent.get('lastSeen', now))} ago"
+    return [name, str(agent.get("kind")), here, str(agent.get("version", "")), ", ".join(agent.get("types", []))]
+
+
 # ---------------------------------------------------------------------------------------- Service
 # Requests and answers.
 
 CONNECT_S = 10  # for an answer, beyond the time that the service may hold it
 FINAL = (400, 413, 415, 422)  # what is refused so is refused for ever
+UNCONNECTED = (
+    urllib3.exceptions.NewConnectionError,
+    urllib3.exceptions.ConnectTimeoutError,
+    urllib3.exceptions.SSLError,
+)
 
 
 class Service:
@@ -240,28 +494,48 @@ class Service:
             "Accept-Encoding": "gzip",
         }
         self.pool = urllib3.PoolManager(maxsize=16, retries=False)
+        self.patience = CONNECT_S
 
     def request(self, method: str, path: str, body: bytes | None = None, held: float = 0, **headers: str) -> Any:
         """Return the answer, whatever its status, but for what may be otherwise later: then raise Unreachable.
 
         *held* is how long (s) the service may wait before it answers; a header's name has _ for -.
         """
-        said = {**self.headers, **{name.replace("_", "-"): value for name, value in headers.items()}}
-        try:
-            answer = self.pool.request(method, self.url + path, body=body, headers=said, timeout=held + CONNECT_S)
-        except urllib3.exceptions.HTTPError as error:
-            raise Unreachable(f"{self.url}: {error}") from None
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return self.send(method, path, body, held, headers=named)
+
+    def send(
+        self, method: str, path: str, body: bytes | None, held: float, *, headers: dict[str, str], read: bool = True
+    ) -> Any:
+        """Return the answer, as request does; its body is still to be read, unless that is to be *read* here."""
+        wanted: Any = {"headers": {**self.headers, **headers}, "timeout": held + self.patience, "preload_content": read}
+        with self.reached():
+            answer: Any = self.pool.request(method, self.url + path, body=body, **wanted)
+            said = told(answer.data) if answer.status in (401, 429) or answer.status >= 500 else {}
         if answer.status == 401:
-            raise Unreachable(f"{self.url} does not take the token; is it that service's?")
+            ended = f": {why}" if "expired" in (why := str(said.get("message"))) else "; is it that service's?"
+            raise Unwelcome(f"{self.url} does not take the token{ended}")
         if answer.status == 429 or answer.status >= 500:
             pause = answer.headers.get("Retry-After", "")
-            problem = f"{self.url} answered {answer.status}: {told(answer.data).get('error')}"
-            raise Unreachable(problem, float(pause) if pause.isdecimal() else 0)
+            problem = f"{self.url} answered {answer.status}: {said.get('error')}"
+            raise Unreachable(problem, float(pause) if pause.isdecimal() else 0, said)
         return answer
+
+    @contextlib.contextmanager
+    def reached(self) -> Iterator[None]:
+        """Say in our words why the service cannot be reached."""
+        try:
+            yield
+        except UNCONNECTED as error:
+            why = getattr(error.__cause__, "strerror", None) or str(error).rpartition("] ")[2]
+            raise Unconnected(f"{self.url}: {why}") from None
+        except urllib3.exceptions.HTTPError as error:
+            raise Unreachable(f"{self.url}: {error}") from None
 
     def ask(self, method: str, path: str, body: Record | None = None, held: float = 0, **headers: str) -> Record | None:
         """Return the JSON that was answered, or None for a conflict or what is not there; raise Refused."""
         answer = self.request(method, path, None if body is None else json.dumps(body).encode(), held, **headers)
+        self.check_permitted(answer)
         if answer.status in (404, 409):
             return None
         if answer.status in FINAL:
@@ -269,6 +543,18 @@ class Service:
         if answer.status != 200:
             raise Unreachable(f"{self.url} answered {answer.status}; is there something between us?")
         return told(answer.data)
+
+    def call(self, method: str, path: str, body: Record | None = None, held: float = 0, **headers: str) -> Record:
+        """Return the JSON that was answered; raise Refused for whatever was not done, or is not there."""
+        answer = self.request(method, path, None if body is None else json.dumps(body).encode(), held, **headers)
+        self.check_permitted(answer)
+        if not 200 <= answer.status < 300:
+            raise Refused(answer.status, told(answer.data))
+        return told(answer.data)
+
+    def check_permitted(self, answer: Any) -> None:
+        if answer.status == 403:
+            raise Unwelcome(f"{self.url}: {told(answer.data).get('error')}")
 
     def sync(self, query: dict[str, str], push: Record | None = None, wait: float = 0) -> Record:
         """Return what GET /sync says to a *query*, after up to *wait* (s), or POST /sync if there is a *push*.
@@ -467,3 +753,765 @@ class Copy:
 
 def private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
+
+
+# ---------------------------------------------------------------------------------------- Terminal
+# What is said to who sits there, and what they can ask for.
+
+FIRST_S = 30.0  # a service that was not reached yet is asked for so long
+SOON_S = 2.0  # a command that nobody has taken by then is worth a word
+PIECE_BYTES = 1 << 20  # of stdin, sent at once
+INPUT_BYTES = 16 << 20  # the service takes so much of it
+LEAVE = b"\x1d"  # Ctrl-], which ends the hold of a terminal as Ctrl-C does otherwise
+STREAMS = {"stdout": 1, "stderr": 2}
+COLORS = {"ok": "32", "completed": "32", "here": "32", "pending": "33", "processing": "36", "warn": "33", "bad": "31"}
+COLORS |= dict.fromkeys(("failed", "error", "exit", "timeout", "lost", "expired", "refused", "cancelled"), "31")
+
+
+class Screen:
+    """Where things are said: results on stdout, what is to be said of them on stderr."""
+
+    def __init__(self, json: bool = False, quiet: bool = False) -> None:
+        self.json, self.quiet = json, quiet
+        self.lock, self.hinted = threading.Lock(), False
+        self.raw = False  # a terminal on which the end of a line only moves down
+
+    def give(self, value: Any, text: str = "") -> None:
+        """Print *text*, or the *value* as JSON if that is wanted."""
+        self.write(1, f"{as_json(value) if self.json else text}\n".encode("utf-8", "replace"))
+
+    def tell(self, sentence: str) -> None:
+        if not self.quiet:
+            end = "\r\n" if self.raw else "\n"
+            self.write(2, f"{self.clear()}{PROGRAM}: {plain(sentence)}{end}".encode("utf-8", "replace"))
+
+    def hint(self, sentence: str) -> None:
+        """Say what is of use to who looks on, and soon is of none: on a terminal, in a line that is written over."""
+        if not self.quiet and os.isatty(2):
+            line = cut(plain(sentence), self.width() - 1)
+            self.write(2, f"{self.clear()}{line}".encode("utf-8", "replace"))
+            self.hinted = bool(sentence)
+
+    def clear(self) -> str:
+        was, self.hinted = self.hinted, False
+        return "\r\x1b[K" if was else ""
+
+    def width(self) -> int:
+        return shutil.get_terminal_size().columns
+
+    def rows(self, rows: Sequence[Sequence[str]]) -> None:
+        """Print a table; on a terminal in colours, and no wider than that."""
+        wide = self.width() if os.isatty(1) else 0
+        for line, row in zip(table(rows, wide), rows, strict=True):
+            for word in row[1:3]:
+                if word in COLORS and colored(1):
+                    line = line.replace(f" {word} ", f" {painted(word, COLORS[word])} ", 1)  # noqa: PLW2901
+            self.write(1, f"{line}\n".encode("utf-8", "replace"))
+
+    def write(self, fd: int, text: bytes) -> None:
+        with self.lock:
+            write_all(fd, text)
+
+
+def colored(fd: int) -> bool:
+    return os.isatty(fd) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def painted(text: str, color: str) -> str:
+    return f"\x1b[{color}m{text}\x1b[0m"
+
+
+def write_all(fd: int, text: bytes) -> None:
+    while text:
+        try:
+            text = text[os.write(fd, text) :]
+        except BlockingIOError:  # a terminal that somebody else has set so
+            select.select([], [fd], [], 1)
+
+
+class Line:
+    """A service that is asked until it answers, however often it is restarted, or the connection is lost, meanwhile."""
+
+    def __init__(self, service: Service, screen: Screen) -> None:
+        self.service, self.screen = service, screen
+        self.reached = self.lost = False
+
+    def insist(self, ask: Callable[[], T]) -> T:
+        """Return what *ask* does. Raises Unreachable where nobody was reached yet, Refused and Unwelcome at once."""
+        pause, began = BACK_OFF_S[0], time.monotonic()
+        for tries in itertools.count():
+            try:
+                answer = ask()
+                break
+            except Unwelcome:
+                raise
+            except Unreachable as problem:
+                patience = 0 if isinstance(problem, Unconnected) and not tries else FIRST_S
+                if not self.reached and time.monotonic() - began >= patience:
+                    raise
+                self.mourn(problem)
+                time.sleep(max(problem.pause, pause * random.uniform(0.5, 1)))
+                pause = min(2 * pause, BACK_OFF_S[1])
+        if self.lost:
+            self.screen.tell("connected again")
+        self.reached, self.lost = True, False
+        return answer
+
+    def mourn(self, problem: Unreachable) -> None:
+        if not self.lost:
+            self.lost = True
+            self.screen.tell(f"{problem}; trying again")
+
+    def call(self, method: str, path: str, body: Record | None = None, held: float = 0, **headers: str) -> Record:
+        """Return the JSON that was answered, in the end."""
+        return self.insist(lambda: self.service.call(method, path, body, held, **headers))
+
+
+def at(kind: str, identity: str, more: str = "") -> str:
+    return f"/{kind}/{quote(identity, safe='')}{more}"
+
+
+class Printed(NamedTuple):
+    """How far a stream of a command was printed."""
+
+    offset: int
+    ended: bool
+    truncated: bool
+
+
+class Session:
+    """A command, from here: what it prints, what is typed to it, and how it is cancelled, until it has ended.
+
+    Threads ask the service; what they and signals have to say is heard in one place.
+    """
+
+    def __init__(self, line: Line, identity: str = "") -> None:
+        self.line, self.screen, self.identity = line, line.screen, identity
+        self.heard: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self.sinks: dict[str, int] = {}  # the streams to be printed, each with its descriptor
+        self.typed = -1  # the descriptor of what is to be typed
+        self.printing: set[str] = set()
+        self.ended: Record | None = None
+        self.cancels, self.wishes = True, 0  # whether Ctrl-C does, and how often that was heard
+        self.gone = False  # who reads what is printed
+
+    def attend(self) -> Record:
+        """Return the command, once it has ended and all is printed."""
+        with self.signals():
+            if self.identity:
+                self.begin(self.identity)
+            while self.ended is None or self.printing:
+                event, value = self.heard.get()
+                REACTIONS[event](self, value)
+        self.screen.hint("")
+        return self.ended
+
+    def queue(self, order: Record) -> None:
+        """Queue it; sent again when the answer is lost, it is still one."""
+        key = secrets.token_hex(16)
+        path = "/command"
+        self.apart("queued", lambda: self.line.call("POST", path, order, Idempotency_Key=key)["commandId"])
+
+    def begin(self, identity: str) -> None:
+        """Follow the command, which is in the queue."""
+        self.identity, self.printing = identity, {*self.sinks}
+        self.apart("ended", self.watch)
+        for stream in self.sinks:
+            self.apart("printed", functools.partial(self.follow, stream))
+        if self.typed >= 0:
+            self.apart("typed", self.type_in)
+        if self.wishes:
+            self.cancel()
+
+    def apart(self, event: str, work: Callable[[], Any]) -> None:
+        """Have *work* done by a thread, and hear of the *event* with what it returns, or of why it failed."""
+
+        def run() -> None:
+            try:
+                self.heard.put((event, work()))
+            except BrokenPipeError:
+                self.heard.put(("unread", None))
+            except Exception as problem:
+                self.heard.put(("failed", problem))
+
+        threading.Thread(target=run, daemon=True).start()
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """Hear of Ctrl-C and SIGTERM."""
+        before = {
+            number: signal.signal(number, lambda number, _: self.heard.put(("signal", number)))
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, old in before.items():
+                signal.signal(number, old)
+
+    # What the threads do
+
+    def watch(self) -> Record:
+        """Return the command when it has ended; say so if nobody takes it."""
+        wait, silent = SOON_S, True
+        while True:
+            path = at("command", self.identity, f"?wait={wait:g}")
+            asked = time.monotonic()
+            command = self.line.insist(lambda path=path, wait=wait: self.line.service.call("GET", path, held=wait))  # type: ignore[misc]
+            if command["status"] in ENDED:
+                return {"id": self.identity, **command}
+            if silent and command["status"] == "pending" and os.isatty(2):
+                self.screen.hint(
+                    f"waiting {self.whom(command)}; Ctrl-C {'cancels it' if self.cancels else 'leaves it alone'}"
+                )
+            elif command["status"] == "processing":
+                self.screen.hint("")
+                wait = HELD_S
+            silent = False
+            time.sleep(UNHELD_S if time.monotonic() - asked < UNHELD_S else 0)
+
+    def whom(self, command: Record) -> str:
+        if command.get("type") == "user_input":
+            return "for a human's answer"
+        return takers(command, self.line.call("GET", "/agents").get("agents", {}))
+
+    def follow(self, stream: str) -> str:
+        """Print a *stream* until its end; return its name."""
+        printed = Printed(0, False, False)
+        while not printed.ended:
+            asked, before = time.monotonic(), printed.offset
+            printed = self.print_more(stream, printed.offset, HELD_S)
+            if printed.offset == before and not printed.ended and time.monotonic() - asked < UNHELD_S:
+                time.sleep(UNHELD_S)
+        if printed.truncated:
+            self.screen.tell(f"{stream}: more was printed than is kept; what is missing here is in the result, or lost")
+        return stream
+
+    def print_more(self, stream: str, offset: int, wait: float) -> Printed:
+        """Print what there is of a *stream* from *offset* on, after up to *wait* (s); return how far that is."""
+        done = offset  # also where the connection is lost in the middle of an answer
+
+        def ask() -> Printed:
+            nonlocal done
+            path = at("command", self.identity, f"/output?stream={stream}&offset={done}&wait={wait:g}")
+            answer = self.line.service.send("GET", path, None, wait, headers={}, read=False)
+            if answer.status != 200:
+                raise Refused(answer.status, told(answer.data))
+            with self.line.service.reached():
+                for piece in answer.stream(1 << 16):
+                    self.show(stream, piece)
+                    done += len(piece)
+            marks = (answer.headers.get(name) == "true" for name in ("X-Output-End", "X-Output-Truncated"))
+            return Printed(done, *marks)
+
+        return self.line.insist(ask)
+
+    def show(self, stream: str, piece: bytes) -> None:
+        if self.screen.json:
+            self.screen.give({"stream": stream, **encoded(piece)})
+        else:
+            self.screen.hint("")
+            self.screen.write(self.sinks[stream], piece)
+
+    def type_in(self) -> None:
+        """Send what is typed, until its end, or until the command reads no more."""
+        sent, path = 0, at("command", self.identity, "/input")
+        try:
+            for piece in pieces_typed(self.typed):
+                if self.screen.raw and LEAVE in piece:
+                    self.heard.put(("signal", signal.SIGINT))
+                data = base64.b64encode(piece).decode()
+                self.line.call("POST", path, {"data": data, "encoding": "base64", "offset": sent})
+                sent += len(piece)
+            self.line.call("POST", path, {"offset": sent, "close": True})
+        except Refused as refusal:
+            if refusal.status not in (404, 409):  # it has ended
+                raise
+
+    # What is done about what is heard
+
+    def wish(self, number: int) -> None:
+        """Cancel it; leave it alone the second time, or where it is not ours."""
+        self.wishes += 1
+        if self.wishes > 1 or not self.cancels:
+            named = f"{self.identity} goes on without us: {PROGRAM} wait {self.identity}"
+            self.screen.tell(named if self.identity else "it may have been queued")
+            raise Left(128 + number)
+        self.screen.tell(f"cancelling {self.identity or 'it'}; once more leaves it alone")
+        if self.identity:
+            self.cancel()
+
+    def cancel(self) -> None:
+        def ask() -> None:
+            with contextlib.suppress(Refused):  # it has ended
+                self.line.call("POST", at("command", self.identity, "/cancel"))
+
+        self.apart("cancelled", ask)
+
+    def end_unread(self, _: Any) -> None:
+        """Cancel what nobody reads any more."""
+        self.gone, self.printing = True, set()
+        self.cancel()
+
+    def fail(self, problem: Exception) -> None:
+        if self.identity and self.cancels and not isinstance(problem, Unwelcome):
+            with contextlib.suppress(Unreachable, Refused):
+                self.line.service.call("POST", at("command", self.identity, "/cancel"))
+        raise problem
+
+    def end(self, command: Record) -> None:
+        self.ended = command
+
+
+class Left(Exception):
+    """A human does not wait any longer; the exit code is given."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+REACTIONS: dict[str, Callable[[Session, Any], Any]] = {
+    "queued": Session.begin,
+    "printed": lambda session, stream: session.printing.discard(stream),
+    "ended": Session.end,
+    "signal": Session.wish,
+    "unread": Session.end_unread,
+    "failed": Session.fail,
+    "typed": lambda session, _: None,
+    "cancelled": lambda session, _: None,
+}
+
+
+def encoded(piece: bytes) -> Record:
+    """Return bytes as JSON can tell them."""
+    try:
+        return {"data": piece.decode()}
+    except UnicodeDecodeError:
+        return {"data": base64.b64encode(piece).decode(), "encoding": "base64"}
+
+
+def pieces_typed(fd: int) -> Iterator[bytes]:
+    """Yield what comes from a descriptor, as it comes."""
+    while piece := read_typed(fd):
+        while len(piece) < PIECE_BYTES and select.select([fd], [], [], 0)[0]:
+            if not (more := read_typed(fd)):
+                yield piece
+                return
+            piece += more
+        yield piece
+
+
+def read_typed(fd: int) -> bytes:
+    while os.isatty(fd) and not is_in_front(fd):  # who reads from the background is stopped
+        time.sleep(0.2)
+    return os.read(fd, PIECE_BYTES)
+
+
+def is_in_front(fd: int) -> bool:
+    try:
+        return os.tcgetpgrp(fd) == os.getpgrp()
+    except OSError:  # a terminal that is not ours to control
+        return True
+
+
+def has_input(fd: int) -> bool:
+    """Return whether something may be typed: there is a terminal, a pipe or a file, and not the null device."""
+    try:
+        mode = os.fstat(fd).st_mode
+    except OSError:
+        return False
+    return os.isatty(fd) or not stat.S_ISCHR(mode)
+
+
+def check_input(fd: int) -> None:
+    status = os.fstat(fd)
+    left = status.st_size - os.lseek(fd, 0, os.SEEK_CUR) if stat.S_ISREG(status.st_mode) else 0
+    if left > INPUT_BYTES:
+        raise Misused(f"stdin has {left} bytes, {INPUT_BYTES} can be typed to a command; write them to a file there")
+
+
+@contextlib.contextmanager
+def raw_terminal(screen: Screen) -> Iterator[None]:
+    """Have each key go to the command, as it is, if stdin is a terminal."""
+    if not os.isatty(0):
+        yield
+        return
+    import termios  # noqa: PLC0415  Windows has neither
+    import tty  # noqa: PLC0415
+
+    before = termios.tcgetattr(0)
+    try:
+        tty.setraw(0)
+        screen.raw = True
+        yield
+    finally:
+        termios.tcsetattr(0, termios.TCSADRAIN, before)
+        screen.raw = False
+
+
+# What can be asked for
+
+
+class Desk(NamedTuple):
+    """What a verb works with."""
+
+    line: Line
+    screen: Screen
+    said: argparse.Namespace
+
+    def get(self, path: str, held: float = 0) -> Record:
+        return self.line.call("GET", path, held=held)
+
+
+def run(desk: Desk) -> int:
+    said, words = desk.said, [*desk.said.words]
+    words = words[1:] if words[:1] == ["--"] else words
+    if not words:
+        raise Misused("run what? Write: run -- COMMAND")
+    order: Record = {"type": "execute_bash", "command": command_line(words), **settled(said)}
+    session = Session(desk.line)
+    session.sinks = {"stdout": 1} if said.tty else STREAMS
+    if not said.no_stdin and has_input(0):
+        check_input(0)
+        order["stdin"], session.typed = True, 0
+    with raw_terminal(desk.screen) if said.tty else contextlib.nullcontext():
+        if said.tty:
+            size = shutil.get_terminal_size()
+            order |= {"pty": True, "columns": size.columns, "rows": size.lines}
+        session.queue(order)
+        command = session.attend()
+    return bid_farewell(desk.screen, command, 141 if session.gone else None)
+
+
+def settled(said: argparse.Namespace) -> Record:
+    """Return what an order says beside its type and what that needs."""
+    named = {"timeout": said.timeout, "workingDir": said.dir, "target": said.target, "expiresIn": said.expires}
+    env = dict(pair.partition("=")[::2] for pair in said.env or ())
+    return {key: value for key, value in {**named, "env": env}.items() if value}
+
+
+def bid_farewell(screen: Screen, command: Record, code: int | None = None) -> int:
+    if screen.json:
+        screen.give(command)
+    if (sentence := farewell(command)) and code is None:
+        screen.tell(sentence)
+    return exit_code(command) if code is None else code
+
+
+def submit(desk: Desk) -> int:
+    words = desk.said.words
+    if words[0] == "-" or words[0].lstrip().startswith("{"):
+        order = told(sys.stdin.buffer.read() if words[0] == "-" else words[0].encode())
+    else:
+        order = order_of(words, lambda path: Path(path).read_text())
+    answer = desk.line.call("POST", "/command", order, Idempotency_Key=secrets.token_hex(16))
+    desk.screen.give(answer, answer["commandId"])
+    return 0
+
+
+def wait(desk: Desk) -> int:
+    session, command = Session(desk.line, desk.said.id), desk.get(at("command", desk.said.id))
+    session.cancels = False
+    session.sinks = STREAMS if command["type"] == "execute_bash" and not desk.screen.json else {}
+    command = session.attend()
+    if not session.sinks and not desk.screen.json:
+        desk.screen.write(1, result_text(command))
+    return bid_farewell(desk.screen, command)
+
+
+def logs(desk: Desk) -> int:
+    session, said = Session(desk.line, desk.said.id), desk.said
+    session.cancels, session.sinks = False, {"stderr": 1} if said.stderr else STREAMS
+    desk.get(at("command", said.id))
+    if said.follow:
+        session.attend()
+        return 141 if session.gone else 0
+    for stream in session.sinks:
+        session.print_more(stream, 0, 0)
+    return 0
+
+
+def cancel(desk: Desk) -> int:
+    command = desk.line.call("POST", at("command", desk.said.id, "/cancel"))
+    ended = command["status"] in ENDED
+    desk.screen.give({"id": desk.said.id, **command}, "cancelled" if ended else "being ended; wait tells how it did")
+    return 0
+
+
+def ls(desk: Desk) -> int:
+    kind, screen = desk.said.kind, desk.screen
+    records, now = LISTED[kind](desk), time.time() * 1000
+    if screen.json:
+        for identity, record in records.items():
+            screen.give({"id": identity, **(record if isinstance(record, dict) else {"messages": record})})
+        return 0
+    rows = [ROWS[kind](identity, record, now) for identity, record in records.items()]
+    if rows:
+        screen.rows([HEADS[kind], *rows] if os.isatty(1) else rows)
+    return 0
+
+
+def list_commands(desk: Desk) -> Record:
+    said = desk.said
+    query = {"status": said.status, "type": said.type, "limit": said.limit or 20}
+    return dict(desk.get(f"/commands?{urlencode({key: value for key, value in query.items() if value})}")["commands"])
+
+
+def list_records(desk: Desk) -> Record:
+    """Return the conversations, or the documents, that were changed last, the latest first."""
+    records = desk.get(f"/sync?only={desk.said.kind}")[desk.said.kind]
+    latest = sorted(records.items(), key=lambda item: moment_of(item[1]), reverse=True)
+    return dict(latest[: int(desk.said.limit or len(latest))])
+
+
+def moment_of(record: Any) -> float:
+    last = record[-1:] if isinstance(record, list) else [record]
+    return float(last[0].get("timestamp", 0)) if last else 0
+
+
+LISTED: dict[str, Callable[[Desk], Record]] = {
+    "commands": list_commands,
+    "documents": list_records,
+    "conversations": list_records,
+    "agents": lambda desk: dict(desk.get("/agents")["agents"]),
+}
+ROWS: dict[str, Callable[[str, Any, float], list[str]]] = {
+    "commands": command_row,
+    "documents": document_row,
+    "conversations": conversation_row,
+    "agents": agent_row,
+}
+HEADS = {
+    "commands": ["ID", "STANDS", "AGE", "TYPE", "WHAT"],
+    "documents": ["ID", "BYTES", "AGE", "LANGUAGE"],
+    "conversations": ["ID", "MESSAGES", "AGE", "LAST"],
+    "agents": ["NAME", "KIND", "SEEN", "VERSION", "TYPES"],
+}
+
+
+def cat(desk: Desk) -> int:
+    document = document_at(desk, desk.said.id, desk.said.version)
+    if desk.screen.json:
+        desk.screen.give({"id": desk.said.id, **document})
+    else:
+        desk.screen.write(1, document["content"].encode("utf-8", "surrogatepass"))
+    return 0
+
+
+def document_at(desk: Desk, identity: str, version: str | None = None) -> Record:
+    """Return a document, or a *version* of it."""
+    documents = desk.get("/sync?only=documents")["documents"]
+    if identity not in documents:
+        raise Refused(404, {"error": f"there is no document {identity}"})
+    return dict(documents[identity])
+
+
+# ---------------------------------------------------------------------------------------- Main
+# argv, the environment, settings, signals.
+
+DEFAULT_URL = "http://127.0.0.1:3001"
+PROGRAM = Path(sys.argv[0]).name or "client.py"
+SETTINGS = ("url", "token", "token-file")
+
+
+class Settings(NamedTuple):
+    """Where the service is, the token for it, and where that was found."""
+
+    url: str
+    token: str
+    source: str
+
+
+def settings_of(said: argparse.Namespace) -> Settings:
+    """Return what argv says, or the environment, or the file of settings; raise Misused."""
+    known = settings_in(path := config_folder() / "config.toml")
+    url = (said.url or os.environ.get("KIROSYNC_URL") or known.get("url") or DEFAULT_URL).rstrip("/")
+    if not re.fullmatch(r"https?://[^/\s@]+(/\S*)?", url):
+        raise Misused(f"{plain(url)}: not the URL of a service; write http://HOST:PORT or https://HOST")
+    if said.token_file:
+        return Settings(url, token_in(Path(said.token_file)), said.token_file)
+    if token := os.environ.get("KIROSYNC_TOKEN"):
+        return Settings(url, token, "KIROSYNC_TOKEN")
+    if known.get("url", url).rstrip("/") == url and ("token" in known or "token-file" in known):
+        token = known.get("token") or token_in(path.parent / Path(known["token-file"]).expanduser())
+        return Settings(url, token, str(path))
+    beside = Path(__file__).resolve().with_name("state") / "token"
+    if url == DEFAULT_URL and os.access(beside, os.R_OK):
+        return Settings(url, token_in(beside), str(beside))
+    raise Misused(f"no token for {url}: set KIROSYNC_TOKEN, give --token-file FILE, or write either into {path}")
+
+
+def config_folder() -> Path:
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "kirosync"
+
+
+def token_in(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Misused(f"the token in {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def settings_in(path: Path) -> dict[str, str]:
+    """Return the settings in a file, none if there is none; raise Misused if others can read it, or it is wrong."""
+    try:
+        with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if os.name == "posix" and mode & 0o077:
+                raise Misused(
+                    f"{path} is for you alone, and others can use it (mode {mode & 0o777:04o}): chmod 600 {path}"
+                )
+            known = tomllib.load(file)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise Misused(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    for key, value in known.items():
+        if key not in SETTINGS or not isinstance(value, str):
+            raise Misused(f"{path}: {plain(key)}: possible are {', '.join(SETTINGS)}, each a text")
+    return known
+
+
+def seconds(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,8}(\.[0-9]{1,3})?", text) or not float(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")
+    return float(text)
+
+
+def assignment(text: str) -> str:
+    if not re.match(r"[^=\0]+=", text):
+        raise argparse.ArgumentTypeError(f"{text} is not NAME=VALUE")
+    return text
+
+
+class Argument(NamedTuple):
+    """What argparse is told of an argument."""
+
+    names: tuple[str, ...]
+    what: str
+    more: Record = {}  # noqa: RUF012
+
+
+class Verb(NamedTuple):
+    """What can be asked for: the word, what does it, what that is, and what it takes."""
+
+    word: str
+    act: Callable[[Desk], int]
+    what: str
+    arguments: tuple[Argument, ...] = ()
+
+
+def option(names: str, what: str, **more: Any) -> Argument:
+    return Argument(tuple(names.split()), what, more)
+
+
+def flag(names: str, what: str, **more: Any) -> Argument:
+    return option(names, what, action="store_true", **more)
+
+
+ID = option("id", "of the command", metavar="ID")
+COMMON = (
+    option("--url", f"of the service (KIROSYNC_URL; {DEFAULT_URL})"),
+    option("--token-file", "holds the token (else KIROSYNC_TOKEN does)", metavar="FILE"),
+    flag("--json", "as JSON: one object, or one a line"),
+    flag("--quiet", "say on stderr only what failed"),
+)
+VERBS = (
+    Verb(
+        *("run", run, "run a command where the agent is, as if it ran here"),
+        (
+            option("--timeout", "s of running", type=seconds, metavar="S"),
+            option("--expires", "s of waiting for an agent", type=seconds, metavar="S"),
+            option("--dir", "where it runs", metavar="DIR"),
+            option("--env", "for it; may be repeated", type=assignment, action="append", metavar="NAME=VALUE"),
+            option("--target", "the agent that is to run it", metavar="AGENT"),
+            flag("-t --tty", "on a terminal of its own; Ctrl-] does what Ctrl-C does otherwise"),
+            flag("-n --no-stdin", "it reads nothing of what is typed here, or piped"),
+            option("words", "one word is a line for the shell", nargs=argparse.REMAINDER, metavar="-- COMMAND"),
+        ),
+    ),
+    Verb(
+        *("submit", submit, "queue a command of any type, and print its id"),
+        (option("words", "TYPE field=text field:=JSON field=@FILE ...; or a JSON object; or - for stdin", nargs="+"),),
+    ),
+    Verb("wait", wait, "wait for a command, print what it gave, and exit as run does", (ID,)),
+    Verb(
+        *("logs", logs, "print what a command has printed so far"),
+        (flag("-f --follow", "and what it prints, until it ends"), flag("--stderr", "its stderr alone"), ID),
+    ),
+    Verb("cancel", cancel, "end a command", (ID,)),
+    Verb(
+        *("ls", ls, "list what there is, the latest first"),
+        (
+            option("kind", "commands, if nothing is said", nargs="?", default="commands", choices=tuple(LISTED)),
+            option("--status", "of commands: pending, processing, completed, failed", metavar="STATUS"),
+            option("--type", "of commands", metavar="TYPE"),
+            option("--limit", "how many", type=int, metavar="N"),
+        ),
+    ),
+    Verb(
+        *("cat", cat, "print a document, exactly"),
+        (
+            option("id", "of the document", metavar="ID"),
+            option("--version", "one that was replaced", metavar="NAME"),
+        ),
+    ),
+)
+
+
+def parser_of(verbs: Iterable[Verb]) -> argparse.ArgumentParser:
+    codes = "\n".join(f"  {code:4}  {meaning}" for code, meaning in EXIT.items())
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Ask a kirosync from a terminal, or a script.",
+        epilog=f"exit codes:\n{codes}",
+        formatter_class=raw,
+    )
+    shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    for names, what, more in COMMON:
+        parser.add_argument(*names, help=what, **more)
+        shared.add_argument(*names, help=what, **more | {"default": argparse.SUPPRESS})
+    within = parser.add_subparsers(required=True, metavar="VERB")
+    for verb in verbs:
+        added = within.add_parser(verb.word, help=verb.what, description=f"{verb.what}.", parents=[shared])
+        for names, what, more in verb.arguments:
+            added.add_argument(*names, help=what, **more)
+        added.set_defaults(verb=verb)
+    return parser
+
+
+def ended_by(problem: Exception) -> int:
+    """Return the exit code of what cannot be gone on with."""
+    kinds = ((Misused, 2), (Unwelcome, 77), (Unreachable, 69), (Exception, 1))
+    return next(code for kind, code in kinds if isinstance(problem, kind))
+
+
+def perform(said: argparse.Namespace) -> int:
+    screen = Screen(said.json, said.quiet)
+    try:
+        url, token, _ = settings_of(said)
+        return int(said.verb.act(Desk(Line(Service(url, token), screen), screen, said)))
+    except Left as left:
+        return left.code
+    except BrokenPipeError:
+        return 141
+    except (Misused, Unreachable, Refused, OSError, ValueError) as problem:
+        screen.quiet = False
+        screen.tell(str(problem))
+        return ended_by(problem)
+
+
+def main() -> None:
+    said = parser_of(VERBS).parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        code = perform(said)
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
