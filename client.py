@@ -37,6 +37,7 @@ import argparse
 import base64
 import bisect
 import contextlib
+import datetime
 import functools
 import itertools
 import json
@@ -464,6 +465,106 @@ def conversation_row(identity: str, messages: list[Record], now: float) -> list[
     return [identity, str(len(messages)), ago(now - last.get("timestamp", now)), said]
 
 
+def continued(last: Record | None, message: Record) -> str | None:
+    """Return how a *message* goes on of which the *last* one that was printed is the beginning; None if it is another.
+
+    >>> hel, hello = ({"role": "a", "content": text, "timestamp": 1} for text in ("Hel", "Hello"))
+    >>> continued(hel, hello), continued(hello, hel), continued(None, hel)
+    ('lo', None, None)
+    """
+    if last is None or last.get("id") != message.get("id"):
+        return None
+    same = "id" in message or (last["timestamp"], last["role"]) == (message["timestamp"], message["role"])
+    grows = same and message["content"].startswith(last["content"])
+    return message["content"].removeprefix(last["content"]) if grows else None
+
+
+def question_of(said: Record) -> str:
+    """Return what is asked of a human, with what can be answered; *said* is one of GET /api/kiro/status.
+
+    >>> question_of({"prompt": "Which?", "type": "choice", "choices": ["a", "b"]})
+    'Which? (a, b)'
+    """
+    possible = {"choice": ", ".join(map(str, said.get("choices", []))), "confirmation": "yes, no"}
+    kind = str(said.get("type"))
+    wanted = possible.get(kind, "" if kind == "text" else kind)
+    return plain(str(said.get("prompt", "")), keep="\n") + (f" ({plain(wanted)})" if wanted else "")
+
+
+class Finding(NamedTuple):
+    """What the doctor has to say: ``level`` is ok, warn or bad; what to do about it, if it is not ok."""
+
+    level: str
+    sentence: str
+    remedy: str = ""
+
+
+SKEW_MS = 2000  # that clocks differ by without harm
+AHEAD_MS = 5 * 60_000  # the service takes a document that is later than this as of now
+
+
+def judge_clock(now: float, there: float, took: float) -> Finding:
+    """Judge our clock, which says *now* (ms), by that of the service, asked *took* (ms) before.
+
+    >>> judge_clock(60_000, 0, 10).sentence
+    'the clock here is 60 s ahead of that of the service'
+    """
+    ahead = now - took / 2 - there
+    if abs(ahead) <= SKEW_MS + took / 2:
+        return Finding("ok", "the clocks agree")
+    which = "ahead of" if ahead > 0 else "behind"
+    level = "bad" if abs(ahead) > AHEAD_MS else "warn"
+    said = f"the clock here is {abs(ahead) / 1000:.0f} s {which} that of the service"
+    return Finding(level, said, "set the one that is wrong: timedatectl set-ntp true")
+
+
+LOOPBACK = re.compile(r"http://(localhost|127\.[0-9.]+|\[::1\])([:/]|$)")
+
+
+def judge_url(url: str) -> Finding:
+    """Judge who can read what is sent to *url*.
+
+    >>> judge_url("http://192.0.2.1:3001").level, judge_url("http://127.0.0.1:3001").level
+    ('bad', 'ok')
+    """
+    if url.startswith("https:"):
+        return Finding("ok", "what is sent is encrypted, and the certificate is good")
+    if LOOPBACK.match(url):
+        return Finding("ok", "it is this machine, so that nothing has to be encrypted")
+    remedy = "put TLS in front of it (./install.sh install --domain NAME), and use https://"
+    return Finding("bad", "the token and all else cross the network in plain text", remedy)
+
+
+def judge_token(token: Any, now: float) -> Finding:
+    """Judge what GET /health says of who asks, at *now* (ms).
+
+    >>> judge_token({"name": "phone", "scope": "client"}, 0).sentence
+    "the token 'phone' is good, of the scope client"
+    """
+    if not isinstance(token, dict):
+        return Finding("bad", "the token is not accepted", "is it that service's? kirosync.py token add makes another")
+    said = f"the token {plain(str(token.get('name')))!r} is good, of the scope {plain(str(token.get('scope')))}"
+    if "expiresAt" in token:
+        said += f", for {ago(token['expiresAt'] - now)} more"
+    if token.get("scope") in ("read", "agent"):
+        return Finding("warn", said, "to run commands, and to answer, one of the scope client is needed")
+    return Finding("ok", said)
+
+
+def judge_agents(agents: Record) -> Finding:
+    """Judge who is there to execute commands; *agents* is what GET /health lists.
+
+    >>> judge_agents({"box": {"kind": "agent", "present": True}}).sentence
+    'there to execute commands: box (agent)'
+    """
+    here = [f"{plain(name)} ({plain(str(agent['kind']))})" for name, agent in agents.items() if agent["present"]]
+    if any(agent["present"] and agent["kind"] == "agent" for agent in agents.values()):
+        return Finding("ok", f"there to execute commands: {', '.join(here)}")
+    known = f"; {', '.join(map(plain, agents))} was there before" if agents else ""
+    remedy = "start one: agent.py --server URL --token-file FILE, or ./install.sh run"
+    return Finding("warn", f"no agent is there, so commands wait{known}", remedy)
+
+
 def agent_row(name: str, agent: Record, now: float) -> list[str]:
     here = "here" if agent.get("present") else f"seen {ago(now - agent.get('lastSeen', now))} ago"
     return [name, str(agent.get("kind")), here, str(agent.get("version", "")), ", ".join(agent.get("types", []))]
@@ -527,10 +628,9 @@ class Service:
         try:
             yield
         except UNCONNECTED as error:
-            why = getattr(error.__cause__, "strerror", None) or str(error).rpartition("] ")[2]
-            raise Unconnected(f"{self.url}: {why}") from None
+            raise Unconnected(f"{self.url}: {reason_of(error)}") from None
         except urllib3.exceptions.HTTPError as error:
-            raise Unreachable(f"{self.url}: {error}") from None
+            raise Unreachable(f"{self.url}: {reason_of(error)}") from None
 
     def ask(self, method: str, path: str, body: Record | None = None, held: float = 0, **headers: str) -> Record | None:
         """Return the JSON that was answered, or None for a conflict or what is not there; raise Refused."""
@@ -567,6 +667,12 @@ class Service:
         if not is_answer(said):
             raise Unreachable(f"{self.url} is no kirosync")
         return cast(Record, said)
+
+
+def reason_of(error: Exception) -> str:
+    """Return why a connection failed, in the words of the system if it has any."""
+    causes = (error.__cause__, *error.args)
+    return next((each.strerror for each in causes if isinstance(each, OSError) and each.strerror), str(error))
 
 
 def is_answer(said: Any) -> bool:
@@ -1307,6 +1413,214 @@ def document_at(desk: Desk, identity: str, version: str | None = None) -> Record
     return dict(documents[identity])
 
 
+def chat(desk: Desk) -> int:
+    """Print a conversation, and what is said in it; or say something."""
+    said, talk = desk.said, Talk(desk)
+    if said.say is not None or said.words == "-":
+        content = sys.stdin.buffer.read().decode() if said.say is None else said.say
+        talk.say(content.rstrip("\n") if said.say is None else content, said.role)
+        if not said.follow:
+            return 0
+    cursor = desk.get("/sync?only=commands&status=pending")["cursor"]  # before what it is to be followed from
+    talk.tell(talk.messages())
+    while said.follow:
+        cursor = talk.follow(cursor)
+    return 0
+
+
+class Talk:
+    """A conversation, at this terminal."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk, self.line, self.identity = desk, desk.line, desk.said.id
+        self.known: list[Record] = []
+        self.last: Record | None = None  # that was printed
+
+    def messages(self) -> list[Record]:
+        """Return what there is, by now."""
+        talks = self.desk.get("/sync?only=conversations")["conversations"]
+        if self.identity not in talks:
+            raise Refused(404, {"error": f"there is no conversation {self.identity}"})
+        return list(talks[self.identity])
+
+    def follow(self, cursor: str) -> str:
+        """Print what is new after *cursor*, as soon as it is there; return the cursor after that."""
+        query, asked = {"only": "conversations", "since": cursor}, time.monotonic()
+        said = self.line.insist(lambda: self.line.service.sync(query, wait=HELD_S))
+        if self.identity in said["conversations"]:
+            self.tell(said["conversations"][self.identity])
+        elif time.monotonic() - asked < UNHELD_S:
+            time.sleep(UNHELD_S)
+        return str(said["cursor"])
+
+    def tell(self, messages: list[Record]) -> None:
+        """Print those of *messages* that are not known yet; of one that has grown the rest."""
+        known = {canonical(message) for message in self.known}
+        for message in (each for each in messages if canonical(each) not in known):
+            if self.desk.screen.json:
+                self.desk.screen.give(message)
+            else:
+                self.desk.screen.write(1, self.text_of(message).encode("utf-8", "replace"))
+            self.last = message
+        self.known = merge_messages(self.known, messages)
+
+    def text_of(self, message: Record) -> str:
+        rest = continued(self.last, message)
+        content = message["content"] if rest is None else rest
+        shown = plain(content, keep="\n\t") if os.isatty(1) else content
+        if rest is not None:
+            return f"{shown}\n" if shown else ""
+        head = f"{plain(str(message['role']))}  {moment(message['timestamp'])}"
+        between = "\n" if self.last else ""
+        return f"{between}{painted(head, '1') if colored(1) else head}\n{shown}\n"
+
+    def say(self, content: str, role: str) -> None:
+        """Add a message, as of now by the clock of the service; sent again it is still one."""
+        now = health_of(self.line.service)["timestamp"]
+        milliseconds = round(datetime.datetime.fromisoformat(now).timestamp() * 1000)
+        message = {"id": f"msg-{secrets.token_hex(8)}", "role": role, "content": content, "timestamp": milliseconds}
+        push = {"conversations": {self.identity: [message]}}
+        since = self.desk.get("/sync?only=commands&status=pending")["cursor"]
+        self.line.insist(lambda: self.line.service.sync({"since": since}, push))
+        if self.desk.screen.json:
+            self.desk.screen.give(message)
+
+
+def moment(milliseconds: float) -> str:
+    with contextlib.suppress(ValueError, OverflowError, OSError):  # somebody else's clock
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(milliseconds / 1000))
+    return "-"
+
+
+def ask(desk: Desk) -> int:
+    said = desk.said
+    kinds = {"choice": said.choices, "confirmation": said.confirm, "file": said.file}
+    kind = next((kind for kind, wanted in kinds.items() if wanted), "text")
+    order = {"type": "user_input", "prompt": said.question, "inputType": kind}
+    more = {"choices": said.choices, "expiresIn": said.timeout, "executionId": said.execution}
+    session = Session(desk.line)
+    session.queue(order | {key: value for key, value in more.items() if value})
+    command = session.attend()
+    if command["outcome"] != "ok":
+        return bid_farewell(desk.screen, command)
+    desk.screen.give(command, str(command["result"]["value"]))
+    return int(kind == "confirmation" and command["result"]["value"] != "yes")
+
+
+def answer(desk: Desk) -> int:
+    """List what waits for a human, or answer one of it."""
+    said, screen = desk.said, desk.screen
+    waiting = {each["id"]: each for each in desk.get("/api/kiro/status")["pendingInputs"]}
+    if not said.id:
+        for identity, question in waiting.items():
+            screen.give(question, f"{identity}  {question_of(question)}")
+        return 0
+    question = waiting.get(said.id, {"type": "text"})
+    value = said.value
+    if value is None and said.id in waiting:
+        screen.write(2, f"{question_of(question)} ".encode("utf-8", "replace"))
+        value = sys.stdin.readline().rstrip("\n")
+    order = {"value": value or "", "type": question["type"], "executionId": said.id}
+    screen.give(desk.line.call("POST", "/api/kiro/input", order), "answered")
+    return 0
+
+
+def status(desk: Desk) -> int:
+    """Tell how the service is, what waits, and who is there."""
+    health, screen = health_of(desk.line.service), desk.screen
+    asked = desk.get("/api/kiro/status")["pendingInputs"] if "queue" in health else []
+    if screen.json:
+        screen.give({**health, "pendingInputs": asked})
+        return int(health["status"] != "healthy")
+    well = f"{health['status']}{': ' * ('problem' in health)}{health.get('problem', '')}"
+    rows = [["service", f"{desk.line.service.url} {well}, up {ago(health['server']['uptime'] * 1000)}"]]
+    queue = health.get("queue", {})
+    rows += [["queue", f"{queue['pending']} wait, {queue['processing']} are being executed"]] if queue else []
+    for name, agent in health.get("agents", {}).items():
+        seen = "is here" if agent["present"] else f"was last seen {agent['lastSeen']}"
+        rows.append(["agent", f"{name} ({agent['kind']}) {seen}"])
+    rows += [["asked", f"{each['id']}  {question_of(each)}"] for each in asked]
+    screen.rows(rows)
+    return int(health["status"] != "healthy")
+
+
+def health_of(service: Service) -> Record:
+    """Return what GET /health says, also of a service that is not well."""
+    try:
+        return service.call("GET", "/health")
+    except Unreachable as problem:
+        if "server" not in problem.body:
+            raise
+        return problem.body
+
+
+class Patient(NamedTuple):
+    """What the doctor looks at: where the service is, or why that is not known."""
+
+    service: Service | None
+    source: str  # of the token
+    problem: str
+
+
+def check_settings(patient: Patient) -> Iterator[Finding]:
+    if patient.service is None:
+        yield Finding("bad", patient.problem, f"{PROGRAM} --help says what there is to set")
+    else:
+        yield Finding("ok", f"the service is {patient.service.url}, the token is that of {patient.source}")
+
+
+def check_service(patient: Patient) -> Iterator[Finding]:
+    if not patient.service:
+        return
+    service, before = patient.service, time.time() * 1000
+    home = service.call("GET", "/", Accept="application/json")
+    if home.get("service") != "kirosync":
+        yield Finding("bad", f"what answers at {service.url} is no kirosync", "name another with --url")
+        return
+    yield judge_url(service.url)
+    asked = time.time() * 1000
+    health = health_of(service)
+    now = time.time() * 1000
+    well = health["status"] == "healthy"
+    said = f"kirosync {plain(str(home.get('version')))} is {plain(str(health.get('problem', 'healthy')))}"
+    yield Finding("ok" if well else "bad", said, "" if well else "see its log, and kirosync.py doctor there")
+    yield judge_clock(now, datetime.datetime.fromisoformat(health["timestamp"]).timestamp() * 1000, now - asked)
+    yield judge_token(health.get("token"), now)
+    if "agents" in health:
+        yield judge_agents(health["agents"])
+    yield Finding("ok", f"an answer takes {asked - before:.0f} ms, with a new connection, and {now - asked:.0f} ms")
+
+
+REMEDIES = (  # what to do, by what is said of a service that is not reached
+    ("refused", "start it (./install.sh run), or name it with --url"),
+    ("certificate", "does its name stand in the URL? Is the clock right? Caddy gets it a certificate"),
+    ("SSL", "is that the port where TLS is spoken? Try the other of http:// and https://"),
+    ("resolution|not known", "is the name right, and is there a network?"),
+    (
+        "timed out|No route|unreachable",
+        "is there a network, no firewall in between, and TLS there if the URL says https?",
+    ),
+    ("", "is that the URL of a kirosync?"),
+)
+
+
+def doctor(desk: Desk) -> int:
+    """Look at what stands between here and the service, and say what to do about it."""
+    findings = []
+    for check in (check_settings, check_service):
+        try:
+            findings += [*check(desk.said.patient)]
+        except (Unreachable, Refused, ValueError, KeyError) as problem:
+            remedy = next(remedy for sign, remedy in REMEDIES if re.search(sign, str(problem)))
+            findings.append(Finding("bad", f"it cannot be asked: {problem}", remedy))
+    for finding in findings:
+        level = f"{finding.level:4}"
+        shown = painted(level, COLORS[finding.level]) if colored(1) else level
+        more = f"; {finding.remedy}" if finding.remedy else ""
+        desk.screen.give(finding._asdict(), f"{shown}  {plain(finding.sentence)}{more}")
+    return int(any(finding.level == "bad" for finding in findings))
+
+
 # ---------------------------------------------------------------------------------------- Main
 # argv, the environment, settings, signals.
 
@@ -1377,6 +1691,10 @@ def seconds(text: str) -> float:
     if not re.fullmatch(r"[0-9]{1,8}(\.[0-9]{1,3})?", text) or not float(text):
         raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")
     return float(text)
+
+
+def choices(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def assignment(text: str) -> str:
@@ -1457,6 +1775,33 @@ VERBS = (
             option("--version", "one that was replaced", metavar="NAME"),
         ),
     ),
+    Verb(
+        *("chat", chat, "print a conversation, or say something in it"),
+        (
+            flag("-f --follow", "and print what is said, until Ctrl-C"),
+            option("--say", "a message, to be added", metavar="TEXT"),
+            option("--role", "of who says it (user)", default="user"),
+            option("id", "of the conversation", metavar="ID"),
+            option("words", "the message is read from stdin", nargs="?", choices=("-",), metavar="-"),
+        ),
+    ),
+    Verb(
+        *("ask", ask, "ask a human, wait for the answer and print it"),
+        (
+            option("question", "what is shown to them"),
+            option("--choices", "one of these is to be chosen", type=choices, metavar="A,B"),
+            flag("--confirm", "yes (exit code 0) or no (1)"),
+            flag("--file", "the path of a file"),
+            option("--timeout", "s of waiting; then the exit code is 124", type=seconds, metavar="S"),
+            option("--execution", "the command on whose behalf it is asked", metavar="ID"),
+        ),
+    ),
+    Verb(
+        *("answer", answer, "list what waits for a human, or answer it"),
+        (option("id", "of the question", nargs="?", metavar="ID"), option("value", "the answer", nargs="?")),
+    ),
+    Verb("status", status, "tell how the service is, what waits, and who is there"),
+    Verb("doctor", doctor, "look for what is wrong between here and the service; the exit code is then 1"),
 )
 
 
@@ -1488,11 +1833,21 @@ def ended_by(problem: Exception) -> int:
     return next(code for kind, code in kinds if isinstance(problem, kind))
 
 
+def patient_of(said: argparse.Namespace) -> Patient:
+    try:
+        url, token, source = settings_of(said)
+        return Patient(Service(url, token), source, "")
+    except (Misused, ValueError) as problem:
+        return Patient(None, "", str(problem))
+
+
 def perform(said: argparse.Namespace) -> int:
     screen = Screen(said.json, said.quiet)
     try:
-        url, token, _ = settings_of(said)
-        return int(said.verb.act(Desk(Line(Service(url, token), screen), screen, said)))
+        said.patient = patient_of(said)
+        if not said.patient.service and said.verb.act is not doctor:
+            raise Misused(said.patient.problem)
+        return said.verb.act(Desk(Line(said.patient.service, screen), screen, said))  # type: ignore[no-any-return]
     except Left as left:
         return left.code
     except BrokenPipeError:
