@@ -39,6 +39,7 @@ import bisect
 import contextlib
 import datetime
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -563,6 +564,122 @@ def judge_agents(agents: Record) -> Finding:
     known = f"; {', '.join(map(plain, agents))} was there before" if agents else ""
     remedy = "start one: agent.py --server URL --token-file FILE, or ./install.sh run"
     return Finding("warn", f"no agent is there, so commands wait{known}", remedy)
+
+
+class Side(NamedTuple):
+    """A document as it is on one side: what identifies its content, and when (ms) it was changed."""
+
+    sha256: str
+    timestamp: float
+
+
+def due(base: str | None, here: Side | None, there: Side | None) -> str:
+    """Return what brings a document in step that both had with the content *base* (a sha256), if they ever had.
+
+    "outdo" and "yield" are to push and to pull where both have changed: the later one wins, as it does in the service.
+
+    >>> due("old", Side("new", 5), Side("old", 1)), due("old", Side("new", 5), Side("other", 9))
+    ('push', 'yield')
+    >>> due(None, None, Side("x", 1)), due("old", None, Side("x", 1)), due("old", None, Side("old", 1))
+    ('pull', 'pull', 'remove there')
+    >>> due("old", Side("old", 1), None), due(None, Side("old", 1), None), due("old", Side("x", 1), Side("x", 2))
+    ('remove here', 'push', 'same')
+    """
+    if here and there and here.sha256 == there.sha256:
+        return "same"
+    if here and there:
+        contest = "outdo" if here.timestamp > there.timestamp else "yield"
+        return "pull" if here.sha256 == base else "push" if there.sha256 == base else contest
+    if here:
+        return "remove here" if here.sha256 == base else "push"
+    if there:
+        return "remove there" if there.sha256 == base else "pull"
+    return "forget"
+
+
+PUSHES, PULLS = ("push", "outdo", "remove there"), ("pull", "yield", "remove here")
+KEPT_OUT = {".git", ".hg", ".svn", ".bzr", "cvs", "node_modules", "__pycache__"}  # what programs keep there is theirs
+CONFLICT = re.compile(r"\.conflict-\d{8}-\d{6}")  # after the name of a file that gave way
+
+
+def covered(path: str, roots: Iterable[str]) -> bool:
+    """Return whether *path* is one of *roots*, or inside one and not hidden in it; "" is everything.
+
+    >>> covered("a/b", ["a"]), covered("a/.b/c", ["a"]), covered("a/.b/c", ["a/.b"]), covered("ab", ["a"])
+    (True, False, True, False)
+    >>> covered("a/.git/config", ["a/.git"]), covered("a.conflict-20260101-000000", [""])
+    (False, False)
+    """
+    parts = path.split("/")
+    if CONFLICT.search(parts[-1]) or any(part.lower() in KEPT_OUT for part in parts):
+        return False
+    for root in roots:
+        outer = root.split("/") if root else []
+        if parts[: len(outer)] == outer and not any(part.startswith(".") for part in parts[len(outer) :]):
+            return True
+    return False
+
+
+def check_place(path: str) -> str:
+    """Return *path* if it leads to a place below the folder that it starts from, by its letters; raise ValueError.
+
+    >>> check_place("a/b.md")
+    'a/b.md'
+    >>> check_place("a/../../b")
+    Traceback (most recent call last):
+        ...
+    ValueError: 'a/../../b' leads out of the folder
+    """
+    parts = path.split("/")
+    if any(part in ("", ".", "..") for part in parts):
+        raise ValueError(f"{path!r} leads out of the folder" if path else "it has no name")
+    if not path.isprintable() or (os.sep != "/" and re.search(r'[\\:*?"<>|]', path)):
+        raise ValueError(f"{path!r} cannot be the name of a file")
+    return path
+
+
+ID_CHARACTERS, NAME_BYTES = 128, 220  # of an id; of it, percent-encoded
+
+
+def document_id(path: str) -> str:
+    """Return the id of the document at *path*: that itself, if it can be one; as the editor's extension does it.
+
+    >>> document_id("src/a.py"), len(document_id("x" * 300))
+    ('src/a.py', 61)
+    """
+    if len(path) <= ID_CHARACTERS and len(quote(path, safe="!'()*")) <= NAME_BYTES:
+        return path
+    end = re.sub(r"[^A-Za-z0-9._-]", "_", path[-20:])
+    return f"{sha256_of(path.encode())[:40]}-{end}"
+
+
+def path_of(identity: str, document: Record) -> str:
+    """Return the path of a document: its id, or the path that it says of itself, if its id comes from that."""
+    path = document.get("path")
+    return path if isinstance(path, str) and document_id(path) == identity else identity
+
+
+def sha256_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+LANGUAGES = {  # as editors call them, by the ends of names
+    **{"c": "c h", "cpp": "cpp hpp cc cxx", "csharp": "cs", "css": "css", "go": "go", "html": "html htm"},
+    **{"java": "java", "javascript": "js mjs cjs", "json": "json", "kotlin": "kt", "lua": "lua", "markdown": "md"},
+    **{"perl": "pl pm", "php": "php", "plaintext": "txt", "python": "py pyi", "ruby": "rb", "rust": "rs"},
+    **{"shellscript": "sh bash", "sql": "sql", "swift": "swift", "toml": "toml", "typescript": "ts mts cts"},
+    **{"typescriptreact": "tsx", "javascriptreact": "jsx", "xml": "xml", "yaml": "yaml yml", "ini": "ini cfg"},
+}
+
+
+def language_of(path: str) -> Record:
+    """Return what a document says of its language, by the end of its *path*.
+
+    >>> language_of("a/b.py"), language_of("README")
+    ({'language': 'python'}, {})
+    """
+    end = path.rpartition(".")[2].lower()
+    return next(({"language": name} for name, ends in LANGUAGES.items() if end in ends.split()), {})
 
 
 def agent_row(name: str, agent: Record, now: float) -> list[str]:
@@ -1413,6 +1530,468 @@ def document_at(desk: Desk, identity: str, version: str | None = None) -> Record
     return dict(documents[identity])
 
 
+# The files of a folder, as documents
+
+FILE_BYTES = 4 << 20  # larger ones are no documents; the editor's extension says so too
+PUSH_BYTES, PUSH_FILES = 4 << 20, 200  # sent at once
+ROUNDS = 4  # in which what both sides do meanwhile is followed
+SETTLED_S = 0.3  # a file that was written this moment may be half done
+LOOK_S = 1.0  # between looks at the files
+
+Stamp = tuple[int, int, int]  # when a file was changed (ns), its size and its inode
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def is_fresh(stamp: Stamp) -> bool:
+    """Return whether a file was written this moment, and so may be half done."""
+    return 0 <= time.time() - stamp[0] / 1e9 < SETTLED_S
+
+
+class Folder:
+    """The files below a folder, each reached by its path, and never through a link."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.fd = root, os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+
+    @contextlib.contextmanager
+    def around(self, path: str, make: bool = False) -> Iterator[tuple[int, str]]:
+        """Open the folder that *path* is in, and return its descriptor, and the name in it; raise OSError.
+
+        Each part is opened for itself, within the one before, so that none can be a link that leads elsewhere.
+        """
+        *parts, name = check_place(path).split("/")
+        with contextlib.ExitStack() as opened:
+            fd = self.fd
+            for part in parts:
+                if make:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(part, dir_fd=fd)
+                fd = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+                opened.callback(os.close, fd)
+            yield fd, name
+
+    def stamp(self, fd: int, name: str) -> Stamp | None:
+        """Return the stamp of a file, None if there is none; raise ValueError for what is no file."""
+        try:
+            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("there is something here that is no file")
+        return stamp_of(status)
+
+    def read(self, path: str) -> tuple[bytes, Stamp]:
+        """Return what a file says, and its stamp; raise OSError, or ValueError if it is no text, or too large."""
+        with self.around(path) as (fd, name):
+            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=fd)
+            with open(file, "rb") as opened:
+                status = os.fstat(file)
+                if not stat.S_ISREG(status.st_mode):
+                    raise ValueError("is no file")
+                if status.st_size > FILE_BYTES:
+                    raise ValueError(f"has {status.st_size} bytes, a document up to {FILE_BYTES}")
+                content = opened.read(FILE_BYTES + 1)
+        try:
+            content.decode()
+        except UnicodeDecodeError:
+            raise ValueError("is no text in UTF-8") from None
+        return content, stamp_of(status)
+
+    def write(self, path: str, content: bytes, timestamp: float, known: Stamp | None, keep: str = "") -> Stamp:
+        """Put *content* in the place of a file, at once and whole, if that is as it is *known*; return the new stamp.
+
+        What was there is kept under the name *keep*, if one is given. Raises OSError, or ValueError if it has changed.
+        """
+        with self.around(path, make=True) as (fd, name), contextlib.ExitStack() as undo:
+            aside = f".{secrets.token_hex(8)}.kirosync"
+            file = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=fd)
+            undo.callback(os.unlink, aside, dir_fd=fd)
+            with open(file, "wb") as opened:
+                if known:
+                    os.fchmod(file, stat.S_IMODE(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode))
+                opened.write(content)
+                opened.flush()
+                with contextlib.suppress(OverflowError, ValueError):  # a moment that no file can have
+                    os.utime(file, ns=(time.time_ns(), round(timestamp * 1_000_000)))
+                os.fsync(file)
+                stamp = stamp_of(os.fstat(file))
+            if self.stamp(fd, name) != known:
+                raise ValueError("was changed just now")
+            if keep:
+                os.link(name, keep, src_dir_fd=fd, dst_dir_fd=fd, follow_symlinks=False)
+            os.replace(aside, name, src_dir_fd=fd, dst_dir_fd=fd)
+            undo.pop_all()
+        return stamp
+
+    def remove(self, path: str, known: Stamp) -> None:
+        with self.around(path) as (fd, name):
+            if self.stamp(fd, name) != known:
+                raise ValueError("was changed just now")
+            os.unlink(name, dir_fd=fd)
+
+    def find(self, root: str) -> Iterator[tuple[str, Stamp | None]]:
+        """Yield the path and the stamp of each file in *root*, which may be one; None for what is no file."""
+        top = self.root / root
+        if top.is_symlink() or not top.is_dir():
+            if os.path.lexists(top):
+                said = top.lstat()
+                yield root, stamp_of(said) if stat.S_ISREG(said.st_mode) else None
+            return
+        for entry in sorted(os.scandir(top), key=lambda entry: entry.name):
+            path = f"{root}/{entry.name}" if root else entry.name
+            if entry.name.startswith(".") or not covered(path, [path]):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from self.find(path)
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    regular = entry.is_file(follow_symlinks=False)
+                    yield path, stamp_of(entry.stat(follow_symlinks=False)) if regular else None
+
+
+class Memory:
+    """What a folder and a service had in common when they were last in step: a small file."""
+
+    def __init__(self, url: str, folder: Path, prefix: str) -> None:
+        place = sha256_of(canonical([url, str(folder), prefix]))[:32]
+        home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "kirosync"
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.path, self.said = home / f"sync-{place}.json", {"url": url, "folder": str(folder), "prefix": prefix}
+        self.held = open(self.path.with_suffix(".lock"), "a", opener=private)  # noqa: SIM115  held to the end
+        self.hold()
+        self.cursor = ""
+        self.base: dict[str, str] = {}  # the sha256 of each document that was in step
+        self.there: dict[str, tuple[str, float, str]] = {}  # of each of the service: sha256, timestamp, path
+        self.seen: dict[str, tuple[Stamp, str]] = {}  # of each file: its stamp, and the sha256 that it had
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # else all is compared anew
+            known = json.loads(self.path.read_bytes())
+            self.base = {str(key): str(value) for key, value in known["base"].items()}
+            self.seen = {path: (cast(Stamp, tuple(stamp)), str(sha)) for path, (stamp, sha) in known["seen"].items()}
+            there = {key: (str(sha), float(at), str(path)) for key, (sha, at, path) in known["there"].items()}
+            self.there, self.cursor = there, str(known["cursor"])
+
+    def hold(self) -> None:
+        """Keep others from bringing the same folder in step at the same time."""
+        import fcntl  # noqa: PLC0415  Windows has none
+
+        try:
+            fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError("this folder is being brought in step by another process") from None
+
+    def save(self) -> None:
+        known = {"cursor": self.cursor, "base": self.base, "there": self.there, "seen": self.seen}
+        aside = self.path.with_suffix(".new")
+        with open(aside, "w", opener=private) as file:
+            json.dump({**self.said, **known}, file)
+        os.replace(aside, self.path)
+
+
+class Step(NamedTuple):
+    """A document that is to be brought in step: what is to be done, its path here, and how it is on both sides."""
+
+    act: str
+    identity: str
+    path: str
+    here: Side | None
+    there: Side | None
+
+
+class Sync:
+    """A folder and the documents of a service, on their way into step."""
+
+    def __init__(self, desk: Desk, folder: Path, roots: list[str]) -> None:
+        said = desk.said
+        self.desk, self.line, self.screen = desk, desk.line, desk.screen
+        self.folder, self.roots, self.prefix = Folder(folder), roots, said.prefix
+        self.memory = Memory(self.line.service.url, folder, said.prefix)
+        self.fresh: dict[str, Record] = {}  # documents whose content is at hand
+        self.left: set[str] = set()  # paths that are left as they are, for now
+        self.said: dict[str, str] = {}  # why, of each
+        self.counts: dict[str, int] = {}
+        self.failed = self.watching = False
+        allowed = (PUSHES if not said.pull else ()) + (PULLS if not said.push else ())
+        self.allowed = {act for act in allowed if said.delete or not act.startswith("remove")} | {"same", "forget"}
+
+    # What there is
+
+    def take(self, said: Record, asked: bool = True) -> None:
+        """Take in what the service says of its documents; when it was *asked* for what is new, up to its cursor."""
+        there, known = self.memory.there, bool(self.memory.cursor)
+        if said.get("full"):
+            if known:  # a restored backup: what it lacks was not deleted
+                lost = there.keys() - said.get("documents", {}).keys()
+                self.memory.base = {key: sha for key, sha in self.memory.base.items() if key not in lost}
+            there.clear()
+        for identity in said.get("deleted", {}).get("documents", []):
+            there.pop(identity, None)
+            self.fresh.pop(identity, None)
+        for identity, document in said.get("documents", {}).items():
+            content = document["content"].encode("utf-8", "surrogatepass")
+            there[identity] = (sha256_of(content), document["timestamp"], path_of(identity, document))
+            self.fresh[identity] = document
+        self.memory.cursor = said["cursor"] if asked else self.memory.cursor
+
+    def ask(self, wait: float = 0) -> Record:
+        """Return what the service says of what is new, after up to *wait* (s)."""
+        query = {"only": "documents", "since": self.memory.cursor}
+        return self.line.insist(lambda: self.line.service.sync(query, wait=wait if query["since"] else 0))
+
+    def look(self) -> dict[str, Side]:
+        """Return the files that there are here, by their paths."""
+        found, seen = dict[str, Side](), self.memory.seen
+        for path, stamp in (each for root in self.roots for each in self.folder.find(root)):
+            with self.leaving(path, wrong=False), contextlib.suppress(FileNotFoundError):
+                found[path] = self.side_of(path, stamp)
+        for path in seen.keys() - found.keys():
+            del seen[path]
+        return found
+
+    def side_of(self, path: str, stamp: Stamp | None) -> Side:
+        """Return what a file is; raise OSError, or ValueError if it can be no document, or is being written."""
+        if stamp is None:
+            raise ValueError("is no file, or a link")
+        seen = self.memory.seen.get(check_place(path), (None, ""))
+        if seen[0] != stamp:
+            if self.watching and is_fresh(stamp):
+                raise ValueError("")
+            content, stamp = self.folder.read(path)
+            seen = self.memory.seen[path] = stamp, sha256_of(content)
+        return Side(seen[1], stamp[0] // 1_000_000)
+
+    @contextlib.contextmanager
+    def leaving(self, path: str, wrong: bool = True) -> Iterator[None]:
+        """Leave *path* as it is if something goes wrong with it."""
+        try:
+            yield
+        except (OSError, ValueError) as problem:
+            self.leave(path, getattr(problem, "strerror", None) or str(problem), wrong)
+
+    def leave(self, path: str, why: str, wrong: bool = True) -> None:
+        """Leave *path* as it is, for now, and say so once."""
+        self.left.add(path)
+        self.failed = self.failed or wrong
+        if why and self.said.get(path) != why:
+            self.said[path] = why
+            self.screen.tell(f"left: {path}: {why}")
+
+    def steps(self) -> list[Step]:
+        """Return what is to be done."""
+        files, there = self.look(), dict[str, tuple[str, Side]]()
+        for identity, (sha, timestamp, path) in self.memory.there.items():
+            if path.startswith(self.prefix):
+                with self.leaving(path, wrong=False):
+                    place = check_place(path.removeprefix(self.prefix))
+                    if covered(place, self.roots):
+                        there[place] = identity, Side(sha, timestamp)
+        known = {identity.removeprefix(self.prefix) for identity in self.memory.base if self.is_path(identity)}
+        wanted = sorted({each for each in {*files, *there, *known} if covered(each, self.roots)} - self.left)
+        sides = ((path, *there.get(path, (document_id(self.prefix + path), None))) for path in wanted)
+        return [
+            Step(due(self.memory.base.get(identity), files.get(path), side), identity, path, files.get(path), side)
+            for path, identity, side in sides
+        ]
+
+    def is_path(self, identity: str) -> bool:
+        """Return whether an id is that of a path of ours, itself."""
+        return identity.startswith(self.prefix) and not re.match(r"[0-9a-f]{40}-", identity)
+
+    # What is done
+
+    def settle(self) -> None:
+        """Bring both sides in step."""
+        self.left.clear()
+        for _ in range(ROUNDS):
+            todo = [step for step in self.steps() if step.act in self.allowed]
+            pushed = [step for step in todo if step.act in ("push", "outdo")]
+            others = [step for step in todo if step not in pushed]
+            for step in others:
+                with self.leaving(step.path):
+                    ACTS[step.act](self, step)
+            self.push(pushed)
+            self.fresh.clear()
+            self.memory.save()
+            if not pushed and all(step.act == "same" for step in others):
+                break
+        self.screen.hint("")
+
+    def same(self, step: Step) -> None:
+        if step.here:
+            self.memory.base[step.identity] = step.here.sha256
+
+    def forget(self, step: Step) -> None:
+        self.memory.base.pop(step.identity, None)
+
+    def pull(self, step: Step) -> None:
+        """Write what the service has; what has changed here, too, is kept beside it."""
+        document = self.fresh.get(step.identity) or document_at(self.desk, step.identity)
+        content, (known, _) = document["content"].encode(), self.memory.seen.get(step.path, (None, ""))
+        if len(content) > FILE_BYTES:
+            raise ValueError(f"has {len(content)} bytes in the service, a file here up to {FILE_BYTES}")
+        keep = ""
+        if step.act == "yield" and step.here:
+            changed = time.strftime("%Y%m%d-%H%M%S", time.localtime(step.here.timestamp / 1000))
+            keep = f"{step.path.rpartition('/')[2]}.conflict-{changed}"
+        stamp = self.folder.write(step.path, content, document["timestamp"], known, keep)
+        sha = sha256_of(content)
+        self.memory.seen[step.path], self.memory.base[step.identity] = (stamp, sha), sha
+        if keep:
+            self.failed = True
+            self.screen.tell(f"{step.path} was changed on both sides; that of the service is later, yours is in {keep}")
+        self.say("pulled", step)
+
+    def remove_here(self, step: Step) -> None:
+        self.folder.remove(step.path, self.memory.seen[step.path][0])
+        self.memory.base.pop(step.identity, None)
+        self.say("removed here", step)
+
+    def remove_there(self, step: Step) -> None:
+        with contextlib.suppress(Refused):  # it is not there any more
+            self.line.call("DELETE", at("document", step.identity))
+        self.memory.there.pop(step.identity, None)
+        self.memory.base.pop(step.identity, None)
+        self.say("removed there", step)
+
+    def push(self, steps: list[Step]) -> None:
+        """Send files to the service, some at a time."""
+        batch, size = dict[Step, Record](), 0
+        for place, step in enumerate(steps):
+            with self.leaving(step.path):
+                content, _ = self.folder.read(step.path)
+                batch[step], size = self.document(step, content), size + len(content)
+            if size >= PUSH_BYTES or len(batch) >= PUSH_FILES or place == len(steps) - 1:
+                self.send(batch)
+                batch, size = {}, 0
+                if len(steps) > PUSH_FILES:
+                    self.screen.hint(f"pushed {place + 1} of {len(steps)} files")
+
+    def document(self, step: Step, content: bytes) -> Record:
+        """Return the document that a file is: later than what it takes the place of, of which it keeps all else."""
+        path, known, moment = self.prefix + step.path, dict[str, Any](), step.here.timestamp if step.here else 0
+        if step.there:
+            known = self.fresh.get(step.identity) or document_at(self.desk, step.identity)
+            moment = max(moment, step.there.timestamp + 1)
+        kept = {key: value for key, value in known.items() if key not in ("id", "revision", "revisions")}
+        return {**language_of(path), **kept, "path": path, "content": content.decode(), "timestamp": moment}
+
+    def send(self, batch: dict[Step, Record]) -> None:
+        """Push documents; of a batch that is refused only what is to blame for that is left."""
+        if not batch:
+            return
+        push = {"documents": {step.identity: document for step, document in batch.items()}}
+        try:
+            said = self.line.insist(lambda: self.line.service.sync({"since": self.memory.cursor}, push))
+        except Refused as refusal:
+            if len(batch) == 1:
+                self.leave(next(iter(batch)).path, str(refusal))
+            else:
+                half = len(batch) // 2
+                for some in ([*batch.items()][:half], [*batch.items()][half:]):
+                    self.send(dict(some))
+            return
+        self.take(said, asked=False)
+        for step, document in batch.items():
+            self.acknowledge(step, sha256_of(document["content"].encode()))
+        self.memory.save()
+
+    def acknowledge(self, step: Step, sha: str) -> None:
+        """Note what became of a file that was pushed."""
+        there = self.memory.there.get(step.identity)
+        if there is None:
+            self.leave(step.path, "was removed from the service after it was changed here", wrong=False)
+        elif there[0] == sha:
+            self.memory.base[step.identity] = sha
+            self.say("pushed", step)
+            if step.act == "outdo":
+                self.failed = True
+                self.screen.tell(
+                    f"{step.path} was changed on both sides; yours is later, the other one is a version of it"
+                )
+
+    def say(self, what: str, step: Step) -> None:
+        self.counts[what] = self.counts.get(what, 0) + 1
+        if self.screen.json or not self.screen.quiet:
+            self.screen.give({"did": what, "id": step.identity, "path": step.path}, f"{what:13}  {plain(step.path)}")
+
+    # From now on
+
+    def watch(self) -> None:
+        """Stay in step until the program is ended."""
+        heard: queue.SimpleQueue[Record | Exception] = queue.SimpleQueue()
+        ready = threading.Semaphore()  # what was heard is taken in before more is asked for
+        threading.Thread(target=self.listen, args=(heard, ready), daemon=True).start()
+        before, missed, self.watching = dict[str, Stamp | None](), set[str](), True
+        while True:
+            said = None
+            with contextlib.suppress(queue.Empty):
+                said = heard.get(timeout=LOOK_S)
+            if isinstance(said, Exception):
+                raise said
+            if said:
+                self.take(said)
+                ready.release()
+            now = {path: stamp for root in self.roots for path, stamp in self.folder.find(root)}
+            now = {path: stamp for path, stamp in now.items() if not (stamp and is_fresh(stamp))}
+            gone = before.keys() - now.keys()  # an editor that saves may have moved it away for a moment
+            if (said and (said.get("documents") or said.get("deleted"))) or (now != before and gone <= missed):
+                self.settle()
+                before = now
+            missed = gone
+
+    def listen(self, heard: queue.SimpleQueue[Record | Exception], ready: threading.Semaphore) -> None:
+        while True:
+            ready.acquire()
+            asked = time.monotonic()
+            try:
+                said = self.ask(HELD_S)
+            except (Unreachable, Refused) as problem:
+                return heard.put(problem)
+            heard.put(said)
+            time.sleep(UNHELD_S if time.monotonic() - asked < UNHELD_S and not said.get("documents") else 0)
+
+
+ACTS: dict[str, Callable[[Sync, Step], None]] = {
+    "same": Sync.same,
+    "forget": Sync.forget,
+    "pull": Sync.pull,
+    "yield": Sync.pull,
+    "remove here": Sync.remove_here,
+    "remove there": Sync.remove_there,
+}
+
+
+def sync(desk: Desk) -> int:
+    """Bring the files of a folder, and the documents of the service, in step."""
+    folder, said = Path.cwd(), desk.said
+    if said.push and said.pull:
+        raise Misused("--push and --pull: both is what is done without them")
+    roots = [root_of(folder, path, said.delete) for path in said.paths]
+    work = Sync(desk, folder, roots)
+    work.take(work.ask())
+    work.settle()
+    if said.watch:
+        desk.screen.tell(f"watching {', '.join(said.paths)}; Ctrl-C ends it")
+        work.watch()
+    told = ", ".join(f"{count} {what}" for what, count in work.counts.items())
+    desk.screen.hint("")
+    if os.isatty(2):
+        desk.screen.tell(told or "in step")
+    return int(work.failed)
+
+
+def root_of(folder: Path, path: str, delete: bool) -> str:
+    """Return *path* as it is from the *folder*; raise Misused if it is not in it."""
+    relative = os.path.relpath(os.path.normpath(folder / path), folder)
+    if relative.split(os.sep)[0] == "..":
+        raise Misused(f"{path} is not in {folder}; go to a folder that it is in")
+    if delete and not os.path.lexists(folder / path):
+        raise Misused(f"{path} is not there; with --delete that would remove all of it from the service")
+    return "" if relative == "." else relative.replace(os.sep, "/")
+
+
 def chat(desk: Desk) -> int:
     """Print a conversation, and what is said in it; or say something."""
     said, talk = desk.said, Talk(desk)
@@ -1421,11 +2000,14 @@ def chat(desk: Desk) -> int:
         talk.say(content.rstrip("\n") if said.say is None else content, said.role)
         if not said.follow:
             return 0
-    cursor = desk.get("/sync?only=commands&status=pending")["cursor"]  # before what it is to be followed from
+    cursor = desk.get(NEWEST)["cursor"]  # before what it is to be followed from
     talk.tell(talk.messages())
     while said.follow:
         cursor = talk.follow(cursor)
     return 0
+
+
+NEWEST = "/sync?only=commands&status=pending"  # the least that one can ask for to learn the cursor, and the time
 
 
 class Talk:
@@ -1476,12 +2058,11 @@ class Talk:
 
     def say(self, content: str, role: str) -> None:
         """Add a message, as of now by the clock of the service; sent again it is still one."""
-        now = health_of(self.line.service)["timestamp"]
-        milliseconds = round(datetime.datetime.fromisoformat(now).timestamp() * 1000)
-        message = {"id": f"msg-{secrets.token_hex(8)}", "role": role, "content": content, "timestamp": milliseconds}
+        there = self.desk.get(NEWEST)
+        message = {"id": f"msg-{secrets.token_hex(8)}", "role": role, "content": content}
+        message["timestamp"] = there["serverTime"]
         push = {"conversations": {self.identity: [message]}}
-        since = self.desk.get("/sync?only=commands&status=pending")["cursor"]
-        self.line.insist(lambda: self.line.service.sync({"since": since}, push))
+        self.line.insist(lambda: self.line.service.sync({"since": there["cursor"]}, push))
         if self.desk.screen.json:
             self.desk.screen.give(message)
 
@@ -1773,6 +2354,17 @@ VERBS = (
         (
             option("id", "of the document", metavar="ID"),
             option("--version", "one that was replaced", metavar="NAME"),
+        ),
+    ),
+    Verb(
+        *("sync", sync, "bring files and the documents of the service in step"),
+        (
+            option("paths", "folders or files, in the folder where this is run", nargs="+", metavar="PATH"),
+            option("--prefix", "before the path of a file in the id of its document", default="", metavar="TEXT"),
+            flag("--push", "only send what has changed here"),
+            flag("--pull", "only take what has changed there"),
+            flag("--delete", "what was removed on one side is removed on the other"),
+            flag("--watch", "and stay in step, until Ctrl-C"),
         ),
     ),
     Verb(
