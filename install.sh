@@ -64,7 +64,10 @@ make_venv() {
   "$1" -m venv --clear "$2" || fail "venv does not work: apt install python$version-venv"
 }
 
-# Make .venv hold what the file $1 lists, if it does not yet.
+# Say that what shows text to a person is not there, which is no reason to do without the rest.
+without_page() { echo "install.sh: $*; text is shown as it is, Markdown and code too" >&2; }
+
+# Make .venv hold what the file $1 lists, if it does not yet; if that cannot be, $2 says so, which is fail if not given.
 ensure_venv() {
   local python stamp
   stamp=.venv/.has-$1
@@ -76,7 +79,7 @@ ensure_venv() {
     make_venv "$python" .venv
   fi
   echo "installing what $1 lists into .venv ..."
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1" || fail "pip could not install $1; see above"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1" || ${2:-fail} "pip could not install $1; see above"
   cat requirements*.txt > "$stamp"
 }
 
@@ -105,6 +108,7 @@ end_both() {
 run_both() {
   local host=${KIROSYNC_HOST:-127.0.0.1} port=${KIROSYNC_PORT:-3001} state=${KIROSYNC_STATE:-$PWD/state} secret
   ensure_venv requirements.txt
+  ensure_venv requirements-page.txt without_page
   pids=()
   trap end_both EXIT
   trap 'end_both; exit 0' HUP INT TERM
@@ -445,7 +449,7 @@ releases() { { find "$code/releases" -mindepth 1 -maxdepth 1 -printf '%f\n' 2>/d
 code_files() {
   (
     shopt -s nullglob
-    cd "$1" && find ./*.py ./*.html requirements.txt README.md install.sh deploy -name __pycache__ -prune -o -type f -print
+    cd "$1" && find ./*.py ./*.html requirements.txt requirements-page*.txt README.md install.sh deploy -name __pycache__ -prune -o -type f -print
   ) | sort
 }
 
@@ -475,10 +479,15 @@ make_release() {
     cp -a --no-preserve=ownership "$VENV" "$unfinished/.venv"
   else
     make_venv "$python" "$unfinished/.venv"
-    "$unfinished/.venv/bin/python" -m pip install --quiet --disable-pip-version-check ${root:+--no-cache-dir} \
-      -r "$unfinished/requirements.txt" || fail "pip could not install requirements.txt; see above"
+    add_packages requirements.txt || fail "pip could not install requirements.txt; see above"
+    add_packages requirements-page.txt || without_page "pip could not install requirements-page.txt; see above"
   fi
   chmod -R a+rX,go-w "$unfinished"
+}
+
+# Have the venv of the unfinished release hold what its file $1 lists.
+add_packages() {
+  "$unfinished/.venv/bin/python" -m pip install --quiet --disable-pip-version-check ${root:+--no-cache-dir} -r "$unfinished/$1"
 }
 
 try_release() {

@@ -38,6 +38,10 @@ is written whole, but of a conversation only the new messages are encoded, the r
 A backup is a folder of links, made under the lock and packed without it. A restore is unpacked and checked beside the
 state; its point of no return is the journal too, which is replaced by one whose last epoch has the name of the folder.
 
+HTML of what people and models have written, and diffs, are made by a process of the service's own, `kirosync.py render`
+(see Renderer): without secrets, with little memory and little time, for either may keep a processor busy for ever. What
+of HTML is let through is a rule; the libraries are in requirements-page.txt, and without them text is shown as it is.
+
 The sections, each of which uses only what stands above it, and the one rule of each:
 
     Errors    what is refused, and the status that says so
@@ -59,6 +63,7 @@ import contextlib
 import contextvars
 import ctypes
 import datetime
+import difflib
 import errno
 import functools
 import gc
@@ -69,6 +74,7 @@ import hmac
 import html
 import http
 import http.client
+import importlib
 import importlib.metadata
 import inspect
 import ipaddress
@@ -89,6 +95,7 @@ import signal
 import socket
 import stat
 import struct
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -353,6 +360,17 @@ UNTAKEN_S = 60.0  # a command that waits for so long, while no agent for it is t
 METERED = 4096  # addresses that are counted; the one that has been quiet the longest gives way
 BURST_S = 10  # of requests that a token may have saved up
 BURST_BYTES_S = 60  # and of bytes: a first copy of everything is large
+RENDER_S = 2.0  # for one text to become HTML, and for a diff; a hostile one would take for ever
+RENDER_WAIT_S = 6.0  # for all texts of a request, and for those of others before them
+RENDER_START_S = 10.0  # for the process that does it to start: some 0.5 s, on a machine that has little else to do
+RENDER_IDLE_S = 60.0  # without a text, after which it is ended: it takes 45 MB, as much as the service
+RENDER_MEMORY = 256 << 20  # bytes of its address space: it has 60 MB at first, and 80 after 256 KiB of a README
+RENDER_AGAIN_S = 600.0  # before a text that was too slow is tried once more
+RENDERED = 256  # texts that were too slow which are known; the oldest gives way
+TEXTS = 100  # to be shown at once
+TEXT_BYTES = 256 << 10  # of one: more is no message, and longer than a page should have
+TEXTS_BYTES = 2 << 20  # of all of them, and of the two sides of a diff
+HTML_BYTES = 8 << 20  # of what is made of them: code is some ten times as long
 THREADS = 320  # of the server; a long poll holds one, and three quarters may be held; one takes 16 KiB
 
 
@@ -1247,6 +1265,100 @@ def restored(command: Record, present: Record | None, now: int) -> Record:
     return fail(command, outcome, error, now)
 
 
+# What is shown of a conversation or a document: the markup that is let through, and no other.
+
+Manner = Literal["markdown", "code"]
+POSSIBLE["as"] = get_args(Manner)
+SHOWN = shape({"text": str, "as": Manner}, {"language": str, "path": str})
+RENDER = shape({"texts": Annotated[list[SHOWN], msgspec.Meta(max_length=TEXTS)]}, {})  # type: ignore[valid-type]
+
+TAGS = {"p", "br", "hr", "h1", "h2", "h3", "h4", "h5", "h6", "blockquote", "pre", "code", "span", "em", "strong", "s"}
+TAGS |= {"a", "ul", "ol", "li", "table", "thead", "tbody", "tr", "th", "td"}
+ATTRIBUTES = {"a": {"href", "title"}, "ol": {"start"}, "code": {"class"}}
+SCHEMES = {"http", "https", "mailto"}
+ALIGN = {"align": {"left", "center", "right"}}  # of a cell
+
+
+def attribute(tag: str, name: str, value: str) -> str | None:
+    """Return the *value* that an attribute which a tag may have is to have, None if it is to have none.
+
+    >>> attribute("code", "class", "language-c++"), attribute("code", "class", "button")
+    ('language-c++', None)
+    """
+    wanted = {("code", "class"): r"language-[\w+#.-]{1,40}", ("ol", "start"): r"[0-9]{1,9}"}
+    wanted |= {("a", "href"): r"(?is)(https?://|mailto:).*"}  # not a path of ours
+    return value if re.fullmatch(wanted.get((tag, name), "(?s).*"), value, re.ASCII) else None
+
+
+def measured(texts: Iterable[Record]) -> list[Record | None]:
+    """Return *texts* with None in place of those that are too long, or for which there is no room beside the others."""
+    left, chosen = TEXTS_BYTES, list[Record | None]()
+    for each in texts:
+        size = len(each["text"].encode())
+        fits = size <= min(left, TEXT_BYTES)
+        left -= size if fits else 0
+        chosen.append(each if fits else None)
+    return chosen
+
+
+CURRENT = "current"  # the name of the version of a document that it has now
+
+
+def check_version(name: str, field: str) -> str:
+    """Return *name* if it can be that of a version; raise Malformed with the *field* it was given in.
+
+    >>> check_version("0000000000000007-0123456789ab", "from")
+    '0000000000000007-0123456789ab'
+    >>> check_version("../../token", "from")
+    Traceback (most recent call last):
+        ...
+    kirosync.Malformed: from: is not the name of a version; GET /document/ID/versions lists them
+    """
+    if name != CURRENT and not re.fullmatch(r"[0-9]{16}-[0-9a-f]{12}", name):
+        raise Malformed(field, "is not the name of a version; GET /document/ID/versions lists them")
+    return name
+
+
+def lines_of(text: str) -> list[str]:
+    r"""Return the lines of *text* as a unified diff has them.
+
+    >>> lines_of("a\nb")
+    ['a\n', 'b\n\\ No newline at end of file\n']
+    """
+    *whole, rest = text.split("\n")
+    return [f"{line}\n" for line in whole] + ([f"{rest}\n\\ No newline at end of file\n"] if rest else [])
+
+
+def fine_diff(old: str, new: str, before: str, after: str) -> str:
+    """Return the unified diff of two texts, which are called *before* and *after*. It may take very long."""
+    return "".join(difflib.unified_diff(lines_of(old), lines_of(new), before, after))
+
+
+def coarse_diff(old: str, new: str, before: str, after: str) -> str:
+    r"""Return a unified diff in one piece, from the first line that differs to the last. It is soon made.
+
+    >>> print(coarse_diff("a\nb\nc\n", "a\nc\n", "1", "2"), end="")
+    --- 1
+    +++ 2
+    @@ -2,1 +1,0 @@
+    -b
+    """
+    mine, theirs = lines_of(old), lines_of(new)
+    first = in_common(mine, theirs)
+    last = in_common(mine[first:][::-1], theirs[first:][::-1])
+    gone, come = mine[first : len(mine) - last], theirs[first : len(theirs) - last]
+    if not gone and not come:
+        return ""
+    where = f"@@ -{first + bool(gone)},{len(gone)} +{first + bool(come)},{len(come)} @@"
+    changes = [*(f"-{line}" for line in gone), *(f"+{line}" for line in come)]
+    return "".join([f"--- {before}\n+++ {after}\n{where}\n", *changes])
+
+
+def in_common(mine: list[str], theirs: list[str]) -> int:
+    """Return how many lines are the same in both, from the first on."""
+    return sum(1 for _ in itertools.takewhile(bool, map(operator.eq, mine, theirs)))
+
+
 class Finding(NamedTuple):
     """What the doctor has to say: ``level`` is ok, warn or bad; what to do about it, if it is not ok."""
 
@@ -1971,13 +2083,14 @@ class Pen:
 
     def keep(self, kind: str, identity: str, versions: Iterable[Record]) -> None:
         """Put *versions* into the history of a record."""
-        history = self.store.directory / "history"
+        folder = self.store.history(kind, identity)
         for version in versions:
             text = msgspec.json.format(canonical(version), indent=2) + b"\n"
             moment = max(0, int(version["timestamp"]))
-            path = f"{history}/{kind}/{name_of(identity)}/{moment:016d}-{digest(text)[:12]}.json"
+            path = f"{folder}/{moment:016d}-{digest(text)[:12]}.json"
+            aside = f"{self.store.directory}/history/.{digest(os.fsencode(path))[:24]}.json"
             if not os.path.exists(path):
-                self.history[File(path, f"{history}/.{digest(os.fsencode(path))[:24]}.json")] = [text]
+                self.history[File(path, aside)] = [text]
 
     def type_in(self, identity: str, offset: int, typed: bytes) -> None:
         """Put *typed* at *offset* into what a command reads. It counts when the record says so, and not before."""
@@ -2509,6 +2622,10 @@ class Store:
     def grave(self, kind: str, identity: str, op: str = "delete") -> str:
         return self.path(f"{GRAVES[op]}/{kind}", identity)
 
+    def history(self, kind: str, identity: str) -> str:
+        """Return the folder of what a merge replaced of a record, which is there once something was."""
+        return f"{self.directory}/history/{kind}/{name_of(check_id(identity))}"
+
     def stream(self, identity: str, stream: str) -> Path:
         """Return the file of what a command prints or reads, which is there once something was."""
         return self.directory / "output" / f"{name_of(check_id(identity))}.{STREAMS[stream]}"
@@ -2589,6 +2706,25 @@ class Store:
                 return os.pread(file.fileno(), limit, offset)
         except FileNotFoundError:
             return b""
+
+    def versions(self, identity: str) -> Iterator[tuple[str, Record]]:
+        """Yield the versions of a document that a merge replaced, each with its name, the newest first."""
+        try:
+            names = sorted(os.listdir(self.history("documents", identity)), reverse=True)
+        except FileNotFoundError:
+            return
+        for name in names:
+            with contextlib.suppress(Malformed, NotFound):  # put there by hand, spoiled, or just outdated
+                version = check_version(name.removesuffix(".json"), "")
+                yield version, self.version(identity, version)
+
+    def version(self, identity: str, name: str) -> Record:
+        """Return the version *name* of a document that a merge replaced; raise NotFound."""
+        path = f"{self.history('documents', identity)}/{check_version(name, 'version')}.json"
+        try:
+            return without(check(DOCUMENT, parse(read_file(path)[0]), ""), *OWN_FIELDS)
+        except (FileNotFoundError, Unreadable, Malformed):
+            raise NotFound("Version not found") from None
 
     def agents(self) -> dict[str, Agent]:
         """Return who has announced itself, by name."""
@@ -4272,7 +4408,12 @@ ROUTES = (
     Route("POST", "/command/<identity:path>/input", "post_input", WRITE),
     Route("GET", "/command/<identity:path>", "get_command", LOOK, ("wait",)),
     Route("PATCH", "/command/<identity:path>", "patch_command", SUBMIT),
+    Route("GET", "/conversation/<identity:path>", "get_conversation", READ),
+    Route("GET", "/document/<identity:path>/versions", "get_versions", READ),
+    Route("GET", "/document/<identity:path>/diff", "get_diff", READ, ("from", "to")),
+    Route("GET", "/document/<identity:path>", "get_document", READ, ("version",)),
     Route("DELETE", "/<kind:re:conversation|document|command>/<identity:path>", "delete", WRITE),
+    Route("POST", "/render", "post_render", READ),
     Route("GET", "/agents", "get_agents", LOOK),
     Route("PUT", "/agents/<identity:path>", "put_agent", EXECUTE_AS),
     Route("PATCH", "/agents/<identity:path>", "patch_agent", EXECUTE_AS),
@@ -4956,6 +5097,203 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+# HTML and diffs are made in a process of their own, which is this program too: a regular expression keeps all threads
+# of its process from running, for as long as a hostile text likes.
+
+
+class Renderer:
+    """A process that makes what is shown of a text: without secrets, with little memory and little time.
+
+    It is started when there is something to do, replaced when that took too long, and ended when there was nothing for
+    a while. It ends by itself when this process does.
+    """
+
+    command = (sys.executable, "-B", __file__, "render")
+    environment = {"PATH": os.defpath, "LANG": "C.UTF-8"}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.turn, self.used, self.told = threading.Lock(), 0.0, ""
+        self.child: subprocess.Popen[bytes] | None = None
+        self.slow: dict[str, float] = {}  # the sha256 of what was too slow, and when that was, s
+
+    def make_all(self, orders: Iterable[Record | None], until: float) -> list[str | None]:
+        """Return what becomes of each of *orders* before the moment *until* (s, monotonic); None where nothing does."""
+        made, left = list[str | None](), HTML_BYTES
+        for order in orders:
+            text = self.make(msgspec.json.encode(order) + b"\n", until) if order else None
+            size = len((text or "").encode())
+            made.append(text if size <= left else None)
+            left -= min(size, left)
+        return made
+
+    def make(self, order: bytes, until: float) -> str | None:
+        """Return what becomes of one *order*, a line; None if that is nothing, or others keep it waiting too long."""
+        name, now = digest(order), time.monotonic()
+        known = now - self.slow.get(name, -math.inf) < RENDER_AGAIN_S
+        if known or until <= now or not self.turn.acquire(timeout=until - now):
+            return None
+        try:
+            if not self.child or self.child.poll() is not None:
+                self.start()
+            made: str | None = self.ask(order, RENDER_S)
+            return made
+        except (OSError, msgspec.DecodeError) as problem:
+            log.warning("a text is shown as it is: the process that renders it %s", problem)
+            self.end()
+            self.slow[name] = time.monotonic()
+            for oldest in [*self.slow][:-RENDERED]:
+                del self.slow[oldest]
+            return None
+        finally:
+            self.used = time.monotonic()
+            self.turn.release()
+
+    def start(self) -> None:
+        """Start the process; say what it lacks, if it does, once."""
+        self.end()
+        self.line, theirs = socket.socketpair()
+        with theirs:
+            self.child = subprocess.Popen(
+                self.command,
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                stderr=subprocess.DEVNULL,
+                env=self.environment,
+                cwd="/",
+                start_new_session=True,  # Ctrl-C is for us
+            )
+        self.heard = self.line.makefile("rb")
+        if lacks := self.ask(b"", RENDER_START_S):
+            if lacks != self.told:
+                log.warning("what is written is shown as it is: %s; see requirements-page.txt", lacks)
+            self.told = lacks
+
+    def ask(self, order: bytes, seconds: float) -> Any:
+        """Return what the process answers to *order*; raise OSError if it does not within *seconds*."""
+        self.line.settimeout(seconds)
+        try:
+            self.line.sendall(order)
+            answer = self.heard.readline(2 * HTML_BYTES)
+        except TimeoutError:
+            raise TimeoutError(f"took more than {seconds:.0f} s") from None
+        if not answer.endswith(b"\n"):
+            raise ConnectionError("has ended")
+        return msgspec.json.decode(answer)
+
+    def rest(self) -> None:
+        """End the process if it has had nothing to do for a while."""
+        if self.child and time.monotonic() - self.used > RENDER_IDLE_S and self.turn.acquire(blocking=False):
+            try:
+                self.end()
+            finally:
+                self.turn.release()
+
+    def end(self) -> None:
+        if self.child:
+            self.child.kill()
+            self.child.wait()
+            self.heard.close()
+            self.line.close()
+            self.child = None
+
+
+def answer_renderer(orders: IO[bytes], answers: IO[bytes]) -> None:
+    """Answer each line of *orders* by one: what became of it, null if that is nothing. The first says what is lacking.
+
+    Before it reads anything it gives up all but what that takes.
+    """
+    works: dict[str, Callable[[Record], str]] = {"diff": lambda order: fine_diff(*order["texts"])}
+    try:
+        painter, lacks = Painter(), ""
+        works |= {"markdown": painter.markdown, "code": painter.code}
+    except Exception as error:  # it is not there, or not whole, as a library may be
+        lacks = str(error) or type(error).__name__
+    confine()
+    answers.write(msgspec.json.encode(lacks) + b"\n")
+    answers.flush()
+    for line in orders:
+        signal.alarm(math.ceil(RENDER_S) + 1)  # which ends it, should there be nobody left to do so
+        answers.write(msgspec.json.encode(outcome_of(works, msgspec.json.decode(line))) + b"\n")
+        answers.flush()
+        signal.alarm(0)
+
+
+def outcome_of(works: dict[str, Callable[[Record], str]], order: Record) -> str | None:
+    """Return what the work that *order* names makes of it; None if there is none, or that cannot be shown."""
+    work = works.get(order["as"])
+    try:
+        made = work(order) if work else None
+    except Exception:  # of a library, whatever it is: too deep, or too much memory
+        return None
+    return made if made is not None and len(made.encode()) <= HTML_BYTES else None
+
+
+def confine() -> None:
+    """Leave this process the memory and the rights that rendering takes."""
+    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0)
+    limits = {resource.RLIMIT_AS: RENDER_MEMORY, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0}
+    for limit, value in limits.items():
+        resource.setrlimit(limit, (value, value))
+
+
+PR_SET_DUMPABLE = 4  # prctl(2)
+LIBRARIES = ("markdown_it", "nh3", "pygments", "pygments.formatters", "pygments.lexers", "pygments.util")
+
+
+class Painter:
+    """Makes HTML, by libraries that are there only where requirements-page.txt was installed."""
+
+    def __init__(self) -> None:
+        markdown_it, nh3, self.pygments, *_ = map(importlib.import_module, LIBRARIES)
+        self.format = self.pygments.formatters.HtmlFormatter(nowrap=True)
+        self.parser = markdown_it.MarkdownIt("js-default", {"highlight": self.fenced})
+        self.parser.add_render_rule("image", shown_image)
+        classes = {"span": {"class": {*filter(None, self.pygments.token.STANDARD_TYPES.values())}}}
+        self.clean_code = partial(nh3.clean, tags={"span"}, attributes={}, tag_attribute_values=classes)
+        self.clean = partial(
+            nh3.clean,
+            **{"tags": TAGS, "attributes": ATTRIBUTES, "attribute_filter": attribute, "url_schemes": SCHEMES},
+            **{"tag_attribute_values": classes | {"th": ALIGN, "td": ALIGN}},
+            **{"set_tag_attribute_values": {"a": {"target": "_blank"}}, "link_rel": "noopener noreferrer nofollow"},
+        )
+
+    def markdown(self, order: Record) -> str:
+        tokens = self.parser.parse(order["text"])
+        for token in tokens:
+            if style := token.attrs.pop("style", ""):  # of a cell; no style is let through
+                token.attrs["align"] = style.removeprefix("text-align:")
+        return str(self.clean(self.parser.renderer.render(tokens, self.parser.options, {})))
+
+    def code(self, order: Record) -> str:
+        """Return what "text" looks like in its "language", or else by its "path"; a line for each of its lines."""
+        text = order["text"].replace("\r\n", "\n").replace("\r", "\u240d")
+        shown = self.coloured(text, order.get("language", ""), order.get("path", ""))
+        made = self.clean_code(shown if shown is not None else html.escape(text))
+        return made if made.count("\n") == text.count("\n") else html.escape(text)
+
+    def fenced(self, text: str, language: str, _: str) -> str:
+        return self.coloured(text, language) or ""
+
+    def coloured(self, text: str, language: str, path: str = "") -> str | None:
+        """Return *text* in spans, None if nobody knows its language."""
+        find = self.pygments.lexers
+        for known, name in ((find.get_lexer_by_name, language), (find.get_lexer_for_filename, path)):
+            with contextlib.suppress(self.pygments.util.ClassNotFound):
+                lexer = known(name, stripnl=False, ensurenl=False)
+                made = str(self.pygments.highlight(text, lexer, self.format))
+                return made if text.endswith("\n") else made.removesuffix("\n")
+        return None
+
+
+def shown_image(_: Any, tokens: Sequence[Any], place: int, *__: Any) -> str:
+    """Return an image of Markdown as a link to it, or, within a link, its text: none is fetched unasked."""
+    image = tokens[place]
+    text = html.escape(image.content or "image")
+    if sum(token.nesting for token in tokens[:place] if token.type.startswith("link_")):
+        return text
+    return f'<a href="{html.escape(str(image.attrs.get("src", "")))}">{text}</a>'
+
+
 class Service:
     """The routes, and the one plugin through which every request passes: token, errors, request id."""
 
@@ -4987,6 +5325,7 @@ class Service:
         self.door, self.last_left = threading.Lock(), 0.0
         self.spool, self.work = Room(SPOOL_BYTES), Room(WORK_BYTES)
         self.doors: list[Door] = []
+        self.renderer = Renderer()
         self.app: Any = bottle.Bottle()
         self.app.config["json.enable"] = False  # JSON is made here
         self.app.config["catchall"] = False  # answer() catches; beyond it a failure is waitress's to report
@@ -5602,6 +5941,72 @@ class Service:
         self.store.change(remove)
         return {"deleted": identity}
 
+    # What a page shows
+
+    def get_conversation(self, identity: str) -> list[bytes]:
+        """A conversation: {"messages": [message]}, in the order of their timestamps."""
+        entry = existing("conversations", self.store.get("conversations", identity))
+        return [b'{"messages":', *entry.content.newer(0), b"}"]
+
+    def get_document(self, identity: str) -> Any:
+        """A document: {"content", "timestamp", ...}. ?version=NAME is one that a merge replaced (see its versions)."""
+        entry = existing("documents", self.store.get("documents", identity))
+        name = check_version(bottle.request.query.get("version", CURRENT), "version")
+        return entry.content.newer(0) if name == CURRENT else self.store.version(identity, name)
+
+    def get_versions(self, identity: str) -> Any:
+        """The versions of a document, the newest first: {"versions": [{"version", "timestamp", "size" in bytes}]}.
+
+        "version" is a name for ?version= and for the diff. The first, "current", is what it is now; the others are what
+        a merge replaced, of which the last 20 are kept.
+        """
+        if self.belongs_to_id("versions"):
+            return self.get_document(f"{identity}/versions")
+        now = existing("documents", self.store.get("documents", identity)).content.record()
+        known = itertools.chain([(CURRENT, now)], self.store.versions(identity))
+        return {"versions": [shown_version(name, document) for name, document in known]}
+
+    def get_diff(self, identity: str) -> Any:
+        """What changed from one version of a document to another, as a unified diff: {"diff", "from", "to"}.
+
+        ?from=NAME and ?to=NAME are versions; else the newest that a merge replaced, and "current". With "coarse": true
+        they differ too much to be compared in time: the diff is one piece, from the first difference to the last.
+        """
+        if self.belongs_to_id("diff"):
+            return self.get_document(f"{identity}/diff")
+        query, now = bottle.request.query, existing("documents", self.store.get("documents", identity))
+        newest = next((name for name, _ in self.store.versions(identity)), CURRENT)
+        names = check_version(query.get("from", newest), "from"), check_version(query.get("to", CURRENT), "to")
+        old, new = (
+            str((now.content.record() if name == CURRENT else self.store.version(identity, name))["content"])
+            for name in names
+        )
+        asked = {"as": "diff", "texts": [old, new, *names]}
+        fits = len(old.encode()) + len(new.encode()) <= TEXTS_BYTES
+        diff = self.rendered([asked if fits else None])[0]
+        said = {"from": names[0], "to": names[1]}
+        coarse = {"coarse": True} if diff is None else {}
+        return {"diff": coarse_diff(old, new, *names) if coarse else diff, **said, **coarse}
+
+    def belongs_to_id(self, word: str) -> bool:
+        """Return whether the slash before *word*, the last of the path, was sent encoded, as one of an id is."""
+        return str(bottle.request.environ.get("REQUEST_URI", "")).partition("?")[0].lower().endswith(f"%2f{word}")
+
+    def post_render(self) -> Record:
+        """Make HTML of {"texts": [{"text", "as": "markdown" | "code", "language"?, "path"?}]}: {"html": [text | null]}.
+
+        It is safe to show: no script, no style, no image, and links only to http, https and mailto. Code has as many
+        lines as the text, in spans of the classes of Pygments. null where none is made: requirements-page.txt is not
+        installed, it takes too long, or it has more than 256 KiB, or 2 MiB with those before it. 100 texts at once.
+        """
+        return {"html": self.rendered(measured(check(RENDER, self.body(), "")["texts"]))}
+
+    def rendered(self, orders: Iterable[Record | None]) -> list[str | None]:
+        """Return what the renderer makes of each of *orders*, None where it makes nothing; see Renderer."""
+        self.put_away()
+        with self.gate.place(self.asker) as free:
+            return self.renderer.make_all(orders, time.monotonic() + RENDER_WAIT_S if free else 0)
+
     def get_agents(self) -> Record:
         """Who executes: {"agents": {name: {kind, types, ..., lastSeen, present}}}; unseen for 15 s one is absent.
 
@@ -5773,6 +6178,7 @@ class Service:
         """Account for what changes, as it does, until the store is closed."""
         while not self.store.closing.wait(AUDIT_S):
             self.account()
+            self.renderer.rest()
 
     def account(self) -> None:
         """Tell what has changed to who is to be notified, and enter it in the audit log."""
@@ -5860,6 +6266,10 @@ def exposed(name: str, kind: str, samples: Iterable[tuple[Record, float]]) -> st
 
 def escaped(text: str) -> str:
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def shown_version(name: str, document: Record) -> Record:
+    return {"version": name, "timestamp": document["timestamp"], "size": len(document["content"].encode())}
 
 
 def shown_question(question: Record) -> Record:
@@ -6432,7 +6842,6 @@ class Door(waitress.server.TcpWSGIServer):  # type: ignore[misc]
 # The only code that knows argv and the environment.
 
 
-PR_SET_DUMPABLE = 4  # prctl(2)
 M_ARENA_MAX = -8  # mallopt(3)
 SWITCH_S = 0.0005  # a thread that computes makes way for one that answers; 0.005 is Python's own
 TRUST = {"trusted_proxy_headers": {"x-forwarded-for"}, "clear_untrusted_proxy_headers": True}  # of a proxy of ours
@@ -6520,6 +6929,7 @@ def serve(arguments: argparse.Namespace) -> None:
     with contextlib.suppress(SystemExit):
         threading.Thread(target=begin, args=(service, arguments, failed), daemon=True).start()
         server.run()
+    service.renderer.end()
     if failed:
         sys.exit(NOT_OPENED.format(arguments.state, failed[0]))
     if service.opened:
@@ -6527,6 +6937,11 @@ def serve(arguments: argparse.Namespace) -> None:
         service.account()
         with contextlib.suppress(OSError):  # the last minute of it may be missing
             service.save_use()
+
+
+def render(_: argparse.Namespace) -> None:
+    """Be the process in which a service makes HTML; see Renderer."""
+    answer_renderer(sys.stdin.buffer, sys.stdout.buffer)
 
 
 def service_of(arguments: argparse.Namespace) -> Service:
@@ -7028,6 +7443,7 @@ SUBCOMMANDS = (
     Subcommand(
         "token revoke", care(revoke_token), "turn away who has a token, at once", (Option("name", "whose it was"),)
     ),
+    Subcommand("render", render, ""),  # not for people
     Subcommand(
         *("backup", care(backup), "write all of the state, as it is at one moment, into FILE, while others go on"),
         (Option("file", "a .tar.gz; - is stdout", more={"metavar": "FILE"}),),
@@ -7065,7 +7481,8 @@ def parser_of(subcommands: Iterable[Subcommand]) -> argparse.ArgumentParser:
             within = groups[""].add_parser(group, help=f"{group} COMMAND; {group} --help lists them")
             groups[group] = within.add_subparsers(required=True, metavar="COMMAND")
         shown = argparse.ArgumentDefaultsHelpFormatter
-        added = groups[group].add_parser(word, help=subcommand.what, description=subcommand.what, formatter_class=shown)
+        help: Record = {"help": subcommand.what} if subcommand.what else {}
+        added = groups[group].add_parser(word, description=subcommand.what, formatter_class=shown, **help)
         for option in (STATE, *subcommand.options):
             option.add_to(added)
         added.set_defaults(run=subcommand.run)

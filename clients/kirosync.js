@@ -1,7 +1,7 @@
 /*
  * The other end of kirosync, for the browser and Node 18 or later: ask a service, and keep a copy of its state in step.
  *
- *     <script src="kirosync.js"></script>                  defines globalThis.kirosync
+ *     as a script element with src="kirosync.js"           defines globalThis.kirosync
  *     const kirosync = require("./kirosync.js");           or: import kirosync from "./kirosync.js"
  *
  *     const service = new kirosync.Service("http://127.0.0.1:3001", token);
@@ -429,7 +429,8 @@
    *
    * It is kept in *storage*, if there is one, under *key*, and taken up from there. A storage has getItem and setItem,
    * like localStorage; where it is full, the copy goes on without, and `stored` is false until it fits again. A key is
-   * for one copy: give each page that is open its own. `state` is replaced, never changed, and has no prototypes.
+   * for one copy: give each page that is open its own. With *only* "outbox" nothing is kept but what was written here and
+   * is not acknowledged yet: the rest is asked for again. `state` is replaced, never changed, and has no prototypes.
    * What *query* says is asked along with every question: {agent: name} tells who asks.
    */
   class Copy {
@@ -438,11 +439,12 @@
     #closing = new AbortController();
     #refusals = new Map(); // why, by push, for the write that waits to be told
 
-    constructor(service, { storage, key = "kirosync", query = {} } = {}) {
+    constructor(service, { storage, key = "kirosync", only = "", query = {} } = {}) {
       this.service = service;
       this.query = query;
       this.storage = storage;
       this.key = key;
+      this.only = only;
       this.cursor = "";
       this.base = EMPTY; // the state of the service, as of the cursor
       this.outbox = []; // what was written here and is not acknowledged yet, oldest first
@@ -593,7 +595,7 @@
     #save() {
       if (!this.storage) return;
       try {
-        const { cursor, base, outbox } = this;
+        const { cursor, base, outbox } = this.only ? { cursor: "", base: EMPTY, outbox: this.outbox } : this;
         this.storage.setItem(this.key, JSON.stringify({ cursor, base, outbox }));
         this.stored = true;
       } catch {

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import requests
 import webtest
+from playwright.sync_api import sync_playwright
 
 import kirosync
 
@@ -54,9 +55,9 @@ class Process:
 class Server(Process):
     """The service on a port of its own."""
 
-    def __init__(self, state, log, *arguments, environment=None):
+    def __init__(self, state, log, *arguments, environment=None, program="kirosync.py"):
         super().__init__(
-            "kirosync.py",
+            program,
             "serve",
             "--port",
             "0",
@@ -161,6 +162,37 @@ def agent(request, server, state, tmp_path):
     assert process.popen.poll() is None, (tmp_path / "agent.log").read_text()
     yield server
     assert process.end() == 0, (tmp_path / "agent.log").read_text()
+
+
+SIZES = {"desktop": (1280, 800, "light"), "phone": (360, 740, "dark")}  # width and height in px, and the scheme
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A real Chromium, as the distribution packages it."""
+    path = shutil.which("chromium") or pytest.skip("there is no chromium: apt install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"] if os.getuid() == 0 else [])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=SIZES)
+def page(request, browser, server):
+    """The page of a running service, looked at on a laptop and on a phone, which has said no error."""
+    width, height, scheme = SIZES[request.param]
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+    page = context.new_page()
+    page.set_default_timeout(10_000)
+    said = []
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
+    page.goto(server.url)
+    page.get_by_role("textbox", name="Token").fill(TOKEN)
+    page.get_by_role("button", name="Look").click()
+    yield page
+    context.close()
+    assert not [text for text in said if "Failed to load resource" not in text]  # a service that is down is no error
 
 
 @pytest.fixture

@@ -41,6 +41,8 @@ STRANGE_IDS = [
         "..\\..",
         "a/cancel",
         "a/output",
+        "a/versions",
+        "a/diff",
         "/",
         "//",
     ),
@@ -104,6 +106,7 @@ VALUES = {  # of what may stand in a query
     "tail": ["0", "1", "100"],
     "attempt": ["1", "2"],
     "claim": ["x"],
+    **{name: ["current", "0000000000000007-0123456789ab"] for name in ("version", "from", "to")},
 }
 WRONG_TEXTS = [
     "",
@@ -306,6 +309,9 @@ class Noise:
                 "encoding": self.any("utf-8", "base64"),
                 "offset": 0,
                 "close": False,
+            },
+            "post_render": lambda: {
+                "texts": [{"text": self.any(*WORDS), "as": self.any("markdown", "code"), "language": self.any(*WORDS)}]
             },
             "put_agent": self.agent,
             "patch_agent": self.agent,

@@ -35,8 +35,9 @@ def checkout(tmp_path):
     for part in Path(sys.prefix).iterdir():
         if not part.name.startswith(".has-"):
             (copy / ".venv" / part.name).symlink_to(part)
-    for name in ("requirements.txt", "requirements-dev.txt"):
-        stamp = "".join((copy / each).read_text() for each in ("requirements-dev.txt", "requirements.txt"))
+    names = ("requirements-dev.txt", "requirements-page.txt", "requirements.txt")
+    for name in names:
+        stamp = "".join((copy / each).read_text() for each in names)
         (copy / ".venv" / f".has-{name}").write_text(stamp)
     return copy
 

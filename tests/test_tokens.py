@@ -69,6 +69,11 @@ CALLS = {  # of each route, a request that is well formed
     "POST /command/ID/input": (f"/command/{ID}/input", {"data": "x"}),
     "GET /command/ID": (f"/command/{ID}", None),
     "PATCH /command/ID": (f"/command/{ID}", {"status": "processing", "agent": "a"}),
+    "GET /conversation/ID": ("/conversation/none", None),
+    "GET /document/ID": ("/document/none", None),
+    "GET /document/ID/versions": ("/document/none/versions", None),
+    "GET /document/ID/diff": ("/document/none/diff", None),
+    "POST /render": ("/render", {"texts": []}),
     "DELETE /KIND/ID": ("/document/none", None),
     "GET /agents": ("/agents", None),
     "PUT /agents/ID": ("/agents/a", {"kind": "agent", "types": ["execute_bash"]}),
@@ -81,7 +86,8 @@ CALLS = {  # of each route, a request that is well formed
 }
 MAY = {  # what the promise is, written down apart from the tables of the service
     "read": {"GET /sync", "GET /commands", "GET /command/ID", "GET /command/ID/output", "GET /agents"}
-    | {"GET /api/kiro/status", "GET /metrics"},
+    | {"GET /api/kiro/status", "GET /metrics", "GET /conversation/ID", "GET /document/ID", "GET /document/ID/versions"}
+    | {"GET /document/ID/diff", "POST /render"},
     "agent": {"GET /sync", "GET /commands", "GET /command/ID", "GET /command/ID/output", "GET /agents"}
     | {"POST /command/ID/output", "PATCH /command/ID", "PUT /agents/ID", "PATCH /agents/ID", "DELETE /agents/ID"},
 }
