@@ -492,6 +492,39 @@ def question_of(said: Record) -> str:
     return plain(str(said.get("prompt", "")), keep="\n") + (f" ({plain(wanted)})" if wanted else "")
 
 
+def words_before(line: str) -> tuple[list[str], str]:
+    """Return the words of a *line* for a shell that is being typed, and the one that is not ended.
+
+    >>> words_before("client.py cat 'my fi"), words_before("client.py ")
+    ((['client.py', 'cat'], 'my fi'), (['client.py'], ''))
+    """
+    for closing in ("", "'", '"'):
+        with contextlib.suppress(ValueError):
+            words = shlex.split(line + closing)
+            ended = not closing and re.search(r"(?<!\\)\s$", line)
+            return (words, "") if ended or not words else (words[:-1], words[-1])
+    return [], ""
+
+
+def inserted(word: str, begun: str, piece: str) -> str:
+    r"""Return what bash is to put in the place of the *piece* that it knows of the *begun* word, so that it is *word*.
+
+    It breaks words at : and =, and runs what it is told: so what somebody else wrote is quoted.
+
+    >>> inserted("a b;c", "a", "a"), inserted("http://x", "http:", ":"), inserted("http://x", "http:/", "/")
+    ('a\\ b\\;c', '//x', '//x')
+    """
+    piece = "" if piece in (":", "=") else piece
+    rest = word[len(begun) - len(piece) :] if begun.endswith(piece) else word
+    return re.sub(r"([^\w./@%+,:=-])", r"\\\1", rest)
+
+
+TYPES = (
+    *("execute_bash", "read_file", "write_file", "list_directory"),
+    *("aws_operation", "code_search", "kiro_command", "user_input"),
+)
+
+
 class Finding(NamedTuple):
     """What the doctor has to say: ``level`` is ok, warn or bad; what to do about it, if it is not ok."""
 
@@ -712,7 +745,7 @@ class Service:
             "Accept-Encoding": "gzip",
         }
         self.pool = urllib3.PoolManager(maxsize=16, retries=False)
-        self.patience = CONNECT_S
+        self.patience: float = CONNECT_S
 
     def request(self, method: str, path: str, body: bytes | None = None, held: float = 0, **headers: str) -> Any:
         """Return the answer, whatever its status, but for what may be otherwise later: then raise Unreachable.
@@ -1514,6 +1547,13 @@ HEADS = {
 
 
 def cat(desk: Desk) -> int:
+    if desk.said.versions:
+        versions = desk.get(at("document", desk.said.id, "/versions"))["versions"]
+        for each in versions if desk.screen.json else ():
+            desk.screen.give(each)
+        rows = [[str(each["version"]), str(each["size"]), moment(each["timestamp"])] for each in versions]
+        desk.screen.rows([] if desk.screen.json else rows)
+        return 0
     document = document_at(desk, desk.said.id, desk.said.version)
     if desk.screen.json:
         desk.screen.give({"id": desk.said.id, **document})
@@ -1523,11 +1563,8 @@ def cat(desk: Desk) -> int:
 
 
 def document_at(desk: Desk, identity: str, version: str | None = None) -> Record:
-    """Return a document, or a *version* of it."""
-    documents = desk.get("/sync?only=documents")["documents"]
-    if identity not in documents:
-        raise Refused(404, {"error": f"there is no document {identity}"})
-    return dict(documents[identity])
+    """Return a document, or a *version* of it; raise Refused if there is none."""
+    return desk.get(at("document", identity, f"?version={quote(version, safe='')}" if version else ""))
 
 
 # The files of a folder, as documents
@@ -2020,10 +2057,7 @@ class Talk:
 
     def messages(self) -> list[Record]:
         """Return what there is, by now."""
-        talks = self.desk.get("/sync?only=conversations")["conversations"]
-        if self.identity not in talks:
-            raise Refused(404, {"error": f"there is no conversation {self.identity}"})
-        return list(talks[self.identity])
+        return list(self.desk.get(at("conversation", self.identity))["messages"])
 
     def follow(self, cursor: str) -> str:
         """Print what is new after *cursor*, as soon as it is there; return the cursor after that."""
@@ -2202,6 +2236,65 @@ def doctor(desk: Desk) -> int:
     return int(any(finding.level == "bad" for finding in findings))
 
 
+# What can be typed next
+
+OPEN = "/commands?status=pending,processing"
+OFFERED: dict[str, Callable[[Desk], Iterable[str]]] = {  # for the arguments of a verb
+    "submit": lambda desk: TYPES,
+    "ls": lambda desk: LISTED,
+    "wait": lambda desk: desk.get(OPEN)["commands"],
+    "cancel": lambda desk: desk.get(OPEN)["commands"],
+    "logs": lambda desk: desk.get("/commands?type=execute_bash")["commands"],
+    "answer": lambda desk: desk.get(f"{OPEN}&type=user_input")["commands"],
+    "cat": lambda desk: desk.get("/sync?only=documents")["documents"],
+    "chat": lambda desk: desk.get("/sync?only=conversations")["conversations"],
+    "completion": lambda desk: SHELLS,
+}
+VALUES: dict[str, Callable[[Desk], Iterable[str]]] = {  # of an option
+    "--type": lambda desk: TYPES,
+    "--status": lambda desk: ("pending", "processing", "completed", "failed"),
+    "--target": lambda desk: desk.get("/agents")["agents"],
+    "--execution": lambda desk: desk.get(OPEN)["commands"],
+}
+SHELLS: dict[str, str] = {
+    "bash": """\
+_kirosync() {
+  local each
+  COMPREPLY=()
+  while IFS= read -r each; do
+    COMPREPLY+=("$each")
+  done < <(PROGRAM completion bash -- "${COMP_LINE:0:COMP_POINT}" "${COMP_WORDS[COMP_CWORD]}" 2>/dev/null)
+}
+complete -o default -F _kirosync NAMES""",
+    "zsh": """\
+_kirosync() {
+  local -a found
+  found=(${(f)"$(PROGRAM completion zsh -- "${(@Q)words[1,CURRENT]}" 2>/dev/null)"})
+  if (( $#found )); then compadd -a found; else _files; fi
+}
+compdef _kirosync NAMES""",
+}
+
+
+def completion(desk: Desk) -> int:
+    """Print what a shell is to be told, or what it asks: the words that may come next."""
+    shell, words = desk.said.shell, desk.said.words
+    if not words:
+        program = shlex.join([sys.executable, str(Path(__file__).resolve())])
+        names = " ".join(sorted({"client.py", "kirosync", shlex.quote(PROGRAM)}))
+        desk.screen.write(1, f"{SHELLS[shell].replace('PROGRAM', program).replace('NAMES', names)}\n".encode())
+        return 0
+    before, begun = words_before(words[0]) if shell == "bash" else (words[:-1], words[-1])
+    piece = words[-1]
+    if shell == "bash" and piece[:1] in ("'", '"'):  # what is quoted in which way is bash's to know
+        return 0
+    for word in sorted(desk.said.next_words(before[1:], begun)):
+        if word.startswith(begun) and word.isprintable():
+            text = inserted(word, begun, piece) if shell == "bash" else word
+            desk.screen.write(1, f"{text}\n".encode("utf-8", "replace"))
+    return 0
+
+
 # ---------------------------------------------------------------------------------------- Main
 # argv, the environment, settings, signals.
 
@@ -2354,6 +2447,7 @@ VERBS = (
         (
             option("id", "of the document", metavar="ID"),
             option("--version", "one that was replaced", metavar="NAME"),
+            flag("--versions", "list them, the latest first"),
         ),
     ),
     Verb(
@@ -2393,6 +2487,13 @@ VERBS = (
         (option("id", "of the question", nargs="?", metavar="ID"), option("value", "the answer", nargs="?")),
     ),
     Verb("status", status, "tell how the service is, what waits, and who is there"),
+    Verb(
+        *("completion", completion, "print what makes a shell complete this: source <(client.py completion bash)"),
+        (
+            option("shell", "bash or zsh", choices=tuple(SHELLS)),
+            option("words", argparse.SUPPRESS, nargs="*"),
+        ),
+    ),
     Verb("doctor", doctor, "look for what is wrong between here and the service; the exit code is then 1"),
 )
 
@@ -2425,6 +2526,44 @@ def ended_by(problem: Exception) -> int:
     return next(code for kind, code in kinds if isinstance(problem, kind))
 
 
+ASKED_S = 1.5  # who presses TAB waits no longer
+
+
+def next_words(before: list[str], begun: str) -> Iterable[str]:
+    """Return the words that may follow those *before*, the last of which has *begun*."""
+    verbs = {verb.word: verb for verb in VERBS}
+    at_verb = next((place for place, word in enumerate(before) if word in verbs and not is_value(before, place)), None)
+    common = [name for argument in COMMON for name in argument.names]
+    if at_verb is None:
+        return common if begun.startswith("-") else verbs
+    verb = verbs[before[at_verb]]
+    if verb.word == "run" and any(not word.startswith("-") for word in before[at_verb + 1 :]):
+        return ()
+    if begun.startswith("-"):
+        return [*common, *(name for each in verb.arguments for name in each.names if name.startswith("-"))]
+    last = before[-1]
+    offered = VALUES.get(last) if is_value([*before, begun], len(before)) else OFFERED.get(verb.word)
+    said = argparse.Namespace(url=value_of(before, "--url"), token_file=value_of(before, "--token-file"))
+    service = patient_of(said).service
+    if not offered or not service:
+        return ()
+    service.patience = ASKED_S
+    return offered(Desk(Line(service, Screen(quiet=True)), Screen(quiet=True), said))
+
+
+def is_value(words: list[str], place: int) -> bool:
+    """Return whether the word at a *place* is the value of the option before it."""
+    arguments = [*COMMON, *(each for verb in VERBS for each in verb.arguments)]
+    named = {name for each in arguments if each.more.get("action") != "store_true" for name in each.names}
+    return place > 0 and words[place - 1] in named and words[place - 1].startswith("-")
+
+
+def value_of(words: list[str], name: str) -> str | None:
+    """Return the value of an option among *words*."""
+    pairs = [word.split("=", 1) for word in words if "=" in word] + [[*pair] for pair in itertools.pairwise(words)]
+    return next((value for key, value in pairs if key == name), None)
+
+
 def patient_of(said: argparse.Namespace) -> Patient:
     try:
         url, token, source = settings_of(said)
@@ -2436,8 +2575,8 @@ def patient_of(said: argparse.Namespace) -> Patient:
 def perform(said: argparse.Namespace) -> int:
     screen = Screen(said.json, said.quiet)
     try:
-        said.patient = patient_of(said)
-        if not said.patient.service and said.verb.act is not doctor:
+        said.patient, said.next_words = patient_of(said), next_words
+        if not said.patient.service and said.verb.act not in (doctor, completion):
             raise Misused(said.patient.problem)
         return said.verb.act(Desk(Line(said.patient.service, screen), screen, said))  # type: ignore[no-any-return]
     except Left as left:
