@@ -62,7 +62,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 from urllib.parse import quote, urlencode
 
-import urllib3
+try:
+    import urllib3
+except ModuleNotFoundError:
+    own = Path(__file__).resolve().parent / ".venv"  # of ./install.sh run
+    if __name__ != "__main__":
+        raise
+    if Path(sys.prefix) == own or not (own / "bin/python").exists():
+        sys.exit("client.py: urllib3 is missing: pip install urllib3, or start it by: uv run client.py")
+    os.execv(own / "bin/python", [str(own / "bin/python"), *sys.argv])
 
 Record = dict[str, Any]
 T = TypeVar("T")
