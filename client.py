@@ -1027,6 +1027,8 @@ SOON_S = 2.0  # a command that nobody has taken by then is worth a word
 PIECE_BYTES = 1 << 20  # of stdin, sent at once
 INPUT_BYTES = 16 << 20  # the service takes so much of it
 LEAVE = b"\x1d"  # Ctrl-], which ends the hold of a terminal as Ctrl-C does otherwise
+PACE_S = (0.01, 0.2)  # between two looks at what is being printed, the more the longer that goes on without a break
+TYPED_S = 0.03  # between two pieces of what is typed: a token may ask some fifty times a second
 STREAMS = {"stdout": 1, "stderr": 2}
 COLORS = {"ok": "32", "completed": "32", "here": "32", "pending": "33", "processing": "36", "warn": "33", "bad": "31"}
 COLORS |= dict.fromkeys(("failed", "error", "exit", "timeout", "lost", "expired", "refused", "cancelled"), "31")
@@ -1037,7 +1039,8 @@ class Screen:
 
     def __init__(self, json: bool = False, quiet: bool = False) -> None:
         self.json, self.quiet = json, quiet
-        self.lock, self.hinted = threading.Lock(), False
+        self.locks = {1: threading.Lock(), 2: threading.Lock()}  # who reads one of them slowly holds up no other
+        self.hinted = False
         self.raw = False  # a terminal on which the end of a line only moves down
 
     def give(self, value: Any, text: str = "") -> None:
@@ -1073,7 +1076,7 @@ class Screen:
             self.write(1, f"{line}\n".encode("utf-8", "replace"))
 
     def write(self, fd: int, text: bytes) -> None:
-        with self.lock:
+        with self.locks[fd]:
             write_all(fd, text)
 
 
@@ -1241,12 +1244,14 @@ class Session:
 
     def follow(self, stream: str) -> str:
         """Print a *stream* until its end; return its name."""
-        printed = Printed(0, False, False)
+        printed, pause = Printed(0, False, False), 0.0
         while not printed.ended:
             asked, before = time.monotonic(), printed.offset
             printed = self.print_more(stream, printed.offset, HELD_S)
-            if printed.offset == before and not printed.ended and time.monotonic() - asked < UNHELD_S:
-                time.sleep(UNHELD_S)
+            held = time.monotonic() - asked
+            pause = PACE_S[0] if held > PACE_S[1] else min(2 * pause + PACE_S[0], PACE_S[1])
+            unheld = printed.offset == before and held < UNHELD_S
+            time.sleep(0 if printed.ended else UNHELD_S if unheld else pause)
         if printed.truncated:
             self.screen.tell(f"{stream}: more was printed than is kept; what is missing here is in the result, or lost")
         return stream
@@ -1259,6 +1264,7 @@ class Session:
             nonlocal done
             path = at("command", self.identity, f"/output?stream={stream}&offset={done}&wait={wait:g}")
             answer = self.line.service.send("GET", path, None, wait, headers={}, read=False)
+            self.line.service.check_permitted(answer)
             if answer.status != 200:
                 raise Refused(answer.status, told(answer.data))
             with self.line.service.reached():
@@ -1287,6 +1293,7 @@ class Session:
                 data = base64.b64encode(piece).decode()
                 self.line.call("POST", path, {"data": data, "encoding": "base64", "offset": sent})
                 sent += len(piece)
+                time.sleep(TYPED_S)
             self.line.call("POST", path, {"offset": sent, "close": True})
         except Refused as refusal:
             if refusal.status not in (404, 409):  # it has ended

@@ -260,6 +260,15 @@ def test_a_command_whose_answer_was_lost_is_not_run_twice(agent, tmp_path):
     assert (tmp_path / "runs").read_text() == "ran\n"
 
 
+def test_a_command_that_prints_without_a_break_does_not_use_up_what_the_token_may_ask(agent, shell, state):
+    command = "for i in {1..400}; do echo $i; echo $i >&2; sleep 0.01; done"
+    ran = shell("run", "--", command, KIROSYNC_TOKEN=token_of(state, "client"))
+    numbers = [str(number) for number in range(1, 401)]
+    assert (ran.returncode, ran.text.split(), ran.said.split()) == (0, numbers, numbers)
+    asked = [json.loads(line) for line in (state / "log/access.log").read_text().splitlines()]
+    assert len([each for each in asked if each["by"] == "client"]) < 100
+
+
 def test_what_was_not_kept_is_said(agent, shell):
     ran = shell("run", "--", "head -c 67200000 /dev/zero", timeout=120)
     assert ran.returncode == 0
