@@ -80,6 +80,7 @@ import inspect
 import ipaddress
 import itertools
 import json
+import keyword
 import logging
 import logging.handlers
 import math
@@ -90,6 +91,7 @@ import re
 import resource
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -134,10 +136,11 @@ T = TypeVar("T")
 
 
 class Refusal(Exception):
-    """The base of everything that is refused; ``body()`` is what the caller is sent."""
+    """The base of everything that is refused; ``body()`` is what the caller is sent, which has these ``fields``."""
 
     status = 400
-    headers: dict[str, str] = {}  # noqa: RUF012  of the answer
+    headers: dict[str, str] = {}  # of the answer
+    fields: dict[str, Any] = {"error": str}
 
     def __init__(self, sentence: str, **details: Any) -> None:
         super().__init__(sentence)
@@ -150,12 +153,17 @@ class Refusal(Exception):
 class Malformed(Refusal):
     """A value is not what it must be; ``field`` names it."""
 
+    fields = {"error": str, "field": str}
+
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}" if field else problem, field=field)
 
 
 class Unauthorized(Refusal):
+    """There is no token, or none that is valid."""
+
     status, headers = 401, {"WWW-Authenticate": "Bearer"}
+    fields = {"error": Literal["Unauthorized"], "message": str}
 
     def __init__(self, message: str = "Valid API key required") -> None:
         super().__init__("Unauthorized", message=message)
@@ -165,24 +173,34 @@ class Forbidden(Refusal):
     """A token is known, and has not the scope for this."""
 
     status, headers = 403, {"WWW-Authenticate": 'Bearer error="insufficient_scope"'}
+    fields = {"error": str, "scopes": list[str]}
 
     def __init__(self, scope: str, what: str, scopes: Sequence[str]) -> None:
         super().__init__(f"a token of the scope {scope} may not {what}; possible: {', '.join(scopes)}", scopes=scopes)
 
 
 class NotFound(Refusal):
+    """There is nothing of this id, or this path."""
+
     status = 404
 
 
 class NotAllowed(Refusal):
+    """The path has no such method; ``allowed`` are those that it has."""
+
     status = 405
+    fields = {"error": str, "allowed": list[str]}
 
 
 class TooSlow(Refusal):
+    """The request was not sent in time."""
+
     status = 408
 
 
 class Conflict(Refusal):
+    """It cannot be as things stand; the details say how they do."""
+
     status = 409
 
 
@@ -190,28 +208,37 @@ class Coded(Refusal):
     """The base of what /api/kiro refuses in words of its own; ``recoverable`` says whether to try again helps."""
 
     code, recoverable = "", False
+    fields = {"code": str, "message": str, "recoverable": bool, "timestamp": str}
 
     def body(self) -> Record:
         return {"code": self.code, "message": str(self), "recoverable": self.recoverable, **self.details}
 
 
 class ValidationFailed(Coded):
+    """What was sent for an editor, or as an answer, is not what it must be."""
+
     code = "VALIDATION_FAILED"
 
 
 class TimedOut(Coded):
+    """It has not ended in time, or was answered too late."""
+
     status, code, recoverable = 408, "OPERATION_TIMEOUT", True
 
 
 class Unavailable(Coded):
+    """No editor takes commands; ``reason`` is "not_running" or "not_responding"."""
+
     status, code, recoverable = 503, "KIRO_UNAVAILABLE", True
-    headers = {"Retry-After": "1"}  # noqa: RUF012
+    headers = {"Retry-After": "1"}
+    fields = {**Coded.fields, "reason": Literal["not_running", "not_responding"]}
 
 
 class Unexecuted(Refusal):
     """An editor's command did not do what it should, or was not even begun."""
 
     status = 422
+    fields = {"success": Literal[False], "output": str, "error": str, "executionTimeMs": int}
 
     def body(self) -> Record:
         return {"success": False, "output": "", "error": str(self), "executionTimeMs": 0, **self.details}
@@ -220,23 +247,35 @@ class Unexecuted(Refusal):
 class Unfitting(Refusal):
     """What a human answered is no answer to the question."""
 
+    fields = {"success": Literal[False], "error": str, "executionId": str}
+
     def body(self) -> Record:
         return {"success": False, "error": str(self), **self.details}
 
 
 class TooLarge(Refusal):
+    """More was sent than is taken; ``limit`` is how much that is."""
+
     status = 413
+    fields = {"error": str, "limit": int}
 
 
 class NotJson(Refusal):
+    """The body is of another type than JSON."""
+
     status = 415
 
 
 class Unprocessable(Refusal):
+    """The Idempotency-Key was used for another body; ``commandId`` is what that became."""
+
     status = 422
+    fields = {"error": str, "commandId": str}
 
 
 class HeadTooLarge(Refusal):
+    """The first line and the headers are too long."""
+
     status = 431
 
 
@@ -244,6 +283,7 @@ class TooMany(Refusal):
     """Someone asks for more than is theirs; ``pause`` (s) is how long to wait before the next try."""
 
     status = 429
+    fields = {"error": str, "retryAfter": int}
 
     def __init__(self, sentence: str, pause: float) -> None:
         super().__init__(sentence, retryAfter=max(1, math.ceil(pause)))
@@ -251,14 +291,20 @@ class TooMany(Refusal):
 
 
 class Broken(Refusal):
+    """The service failed; the log says more, under the request's id."""
+
     status = 500
 
 
 class Busy(Refusal):
+    """It cannot be done just now, or while the service starts or ends."""
+
     status, headers = 503, {"Retry-After": "1"}
 
 
 class Full(Refusal):
+    """The disk is full; what is there is safe."""
+
     status = 507
 
 
@@ -395,11 +441,17 @@ QUOTAS = {  # of each scope: above what such a client does at its busiest, below
 # ---------------------------------------------------------------------------------------- Rules
 # What may become what. Values in, new values out: no disk, no network, no clock, no randomness.
 
-KINDS = ("conversations", "documents", "commands")
+Kind = Literal["conversations", "documents", "commands"]
+KINDS = get_args(Kind)
 
 
 def number(kind: Any, **bounds: Any) -> Any:
     return Annotated[kind, msgspec.Meta(**bounds)]
+
+
+def said(kind: Any, sentence: str, **more: Any) -> Any:
+    """Return *kind* with what the documentation says of it."""
+    return Annotated[kind, msgspec.Meta(description=sentence, **more)]
 
 
 def without(record: Record, *names: str) -> Record:
@@ -411,16 +463,31 @@ def digest(text: bytes) -> str:
     return hashlib.sha256(text).hexdigest()
 
 
-def shape(required: dict[str, Any], optional: dict[str, Any]) -> Any:
-    """Return the type of an object with these fields, and any others. What is in both is required."""
+def shape(name: str, required: dict[str, Any], optional: dict[str, Any]) -> Any:
+    """Return the type of an object with these fields, and any others. What is in both is required.
+
+    By its *name* the documentation knows it.
+    """
     wanted = {key: Required[kind] for key, kind in required.items()}
-    return TypedDict("shape", {**wanted, **without(optional, *wanted)}, total=False)  # type: ignore
+    return TypedDict(name, {**wanted, **without(optional, *wanted)}, total=False)  # type: ignore
+
+
+def many(kind: Any) -> Any:
+    return list[kind]
+
+
+def by_id(kind: Any, identity: Any = str) -> Any:
+    return dict[identity, kind]
 
 
 Text = Annotated[str, msgspec.Meta(min_length=1)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=ID_CHARACTERS)]
+NO_CONTROLS = r"^[^\x00-\x1f\x7f-\x9f]*$"
+Id = Annotated[Name, msgspec.Meta(pattern=NO_CONTROLS)]  # see check_id
+Iso = Annotated[str, msgspec.Meta(examples=["2025-01-19T10:30:00Z"])]
 Count = number(int, ge=0, le=INTEGER)
 Time = number(float, ge=-INTEGER, le=INTEGER)
+Seconds = number(float, ge=0, le=INTEGER)
 Run = number(float, gt=0, le=LONGEST_RUN_S)
 Stay = number(float, gt=0, le=LONGEST_STAY_S)
 Cells = number(int, ge=1, le=9999)
@@ -430,6 +497,10 @@ Outcome = Literal["ok", "exit", "error", "timeout", "cancelled", "expired", "los
 Encoding = Literal["utf-8", "base64"]
 InputType = Literal["text", "choice", "file", "confirmation"]
 AgentKind = Literal["agent", "ide"]
+Stream = Literal["stdout", "stderr", "stdin"]  # of a command
+Printed = Literal["stdout", "stderr"]
+Speaker = Annotated[str, msgspec.Meta(max_length=ID_CHARACTERS, pattern=NO_CONTROLS)]  # "" is nobody
+Key = Annotated[str, msgspec.Meta(max_length=KEY_CHARACTERS, pattern="^[ -~]*$")]
 Scope = Literal["read", "client", "agent", "ide", "admin"]
 POSSIBLE = {"status": get_args(Status), "outcome": get_args(Outcome), "encoding": get_args(Encoding)}
 POSSIBLE |= {
@@ -439,39 +510,77 @@ POSSIBLE |= {
     "scope": get_args(Scope),
 }
 
-MESSAGE = shape({"role": Name, "content": str, "timestamp": Time}, {"id": str | int, "metadata": dict[str, Any]})
-MESSAGES: Any = list[MESSAGE]  # type: ignore[valid-type]
-DOCUMENT = shape({"content": str, "timestamp": Time}, {"path": str, "language": str})
-INPUT = shape({}, {"data": str, "encoding": Encoding, "offset": Count, "close": bool})
-ABOUT = {"version": str, "availableCommands": list[str], "workspaceFolders": list[str], "focusedAt": Time}
-AGENT = shape({"kind": AgentKind, "types": list[Name]}, ABOUT)
-AGENT_PATCH = shape({}, {"kind": AgentKind, "types": list[Name], **ABOUT})
-USED = shape({"at": Time, "from": str}, {})  # of a token
-TOKEN = shape({"scope": Scope, "sha256": Digest, "createdAt": Time}, {"expiresAt": Time})
-PUSH = shape({}, {**dict.fromkeys(KINDS, dict[str, Any]), "lastUpdate": Time})
+Own = Annotated[Any, msgspec.Meta(description="set by the service", extra_json_schema={"readOnly": True})]
+
+MESSAGE = shape(
+    "Message",
+    {"role": said(Name, "user, assistant, system or another"), "content": str, "timestamp": Time},
+    {"id": str | int, "metadata": dict[str, Any]},
+)
+MESSAGES = many(MESSAGE)
+DOCUMENT = shape("Document", {"content": str, "timestamp": Time}, {"path": str, "language": str})
+INPUT = shape(
+    "Input",
+    {},
+    {
+        "data": said(str, "text, or base64 if the encoding is that"),
+        "encoding": Encoding,
+        "offset": said(Count, "bytes that were sent before; so it can be sent again without harm"),
+        "close": said(bool, "that nothing more will come"),
+    },
+)
+ABOUT = {
+    "version": str,
+    "availableCommands": said(list[str], "of an IDE"),
+    "workspaceFolders": said(list[str], "of an IDE: paths"),
+    "focusedAt": said(Time, "when the window of an IDE was last in front"),
+}
+FOUND_OUT = {"present", "lastSeen"}  # of an agent, by the service
+SAID = {**ABOUT, **dict.fromkeys(sorted(FOUND_OUT), Own)}
+AGENT = shape("Agent", {"kind": AgentKind, "types": said(list[Name], "of commands that it executes")}, SAID)
+AGENT_PATCH = shape("AgentPatch", {}, {"kind": AgentKind, "types": list[Name], **SAID})
+USED = shape("Used", {"at": Time, "from": str}, {})  # of a token
+TOKEN = shape("Token", {"scope": Scope, "sha256": Digest, "createdAt": Time}, {"expiresAt": Time})
 
 # What an order may say: for every type, and for each its required and its optional fields, and its result.
-ORDER = {"workingDir": Text, "env": dict[str, str], "timeout": Run, "expiresIn": Stay, "target": Name}
-ORDER |= {"metadata": dict[str, Any], "retryable": bool}
+ORDER = {
+    "workingDir": said(Text, "where it is executed; else where the agent is"),
+    "env": said(dict[str, str], "beside the agent's own; for execute_bash"),
+    "timeout": said(Run, f"s that it may run; {RUN_S} if it does not say"),
+    "expiresIn": said(Stay, f"s that it may wait; {EXPIRES_S} if it does not say"),
+    "target": said(Name, "the name of the agent that is to take it"),
+    "metadata": dict[str, Any],
+    "retryable": said(bool, "whether it is tried again if its agent is lost"),
+}
 ORDERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "execute_bash": (
         {"command": Text},
-        {"stdin": bool, "pty": bool, "columns": Cells, "rows": Cells},
+        {
+            "stdin": said(bool, "that it reads what is sent to it"),
+            "pty": said(bool, "that it runs in a terminal, of so many columns and rows"),
+            "columns": Cells,
+            "rows": Cells,
+        },
         "stdout, stderr, exitCode, durationMs; truncated and size where one was cut",
     ),
     "read_file": (
         {"path": Text},
-        {"offset": Count, "limit": Count, "tail": Count},
+        {"offset": Count, "limit": Count, "tail": said(Count, "the last so many bytes")},
         "content, encoding (utf-8 or base64), size, sha256; truncated if it was cut",
     ),
     "write_file": (
         {"path": Text, "content": str},
-        {"encoding": Encoding, "mode": str, "append": bool, "expectedSha256": str | None},
+        {
+            "encoding": Encoding,
+            "mode": str,
+            "append": bool,
+            "expectedSha256": said(str | None, "of what is there; null: nothing"),
+        },
         "bytesWritten, created, sha256",
     ),
     "list_directory": (
         {"path": Text},
-        {"recursive": bool, "glob": Text, "limit": Count, "after": Text},
+        {"recursive": bool, "glob": Text, "limit": Count, "after": said(Text, "where the answer before ended")},
         "entries [{name, type, size, modified, mode}], truncated; next, if so: give it as after",
     ),
     "aws_operation": (
@@ -495,11 +604,49 @@ ORDERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "value; answered by a human: the text, one of the choices, the path of a file, yes or no",
     ),
 }
-COMMANDS = {kind: shape(required, {**ORDER, **optional}) for kind, (required, optional, _) in ORDERS.items()}
-
-FIELDS = {kind: shape({}, {**ORDER, **required, **optional}) for kind, (required, optional, _) in ORDERS.items()}
-
-TYPED = shape({"type": Name}, {})
+# What an agent may say of a command, and what a command says beside what was ordered.
+REPORT = {
+    "status": Status,
+    "outcome": Outcome,
+    "error": str,
+    "agent": said(Name, "who has it, or reports on it"),
+    "lease": said(Run, "s until it is lost, unless it is renewed"),
+    "attempt": said(Count, "which it is, from 1 on; that of another is refused"),
+    "claim": said(Name, "a random text: the same claim again is the same"),
+    "result": Any,
+    "metadata": dict[str, Any],
+}
+PATCH = shape("Report", {}, REPORT)
+TIMES = dict.fromkeys(("createdAt", "updatedAt", "startedAt", "endedAt", "leaseUntil"), Time)
+MARKS = {
+    "cancelRequested": said(bool, "that someone wants it to end"),
+    "inputSize": said(Count, "bytes that were sent to it"),
+    "inputClosed": bool,
+    "idempotencyKey": str,
+    "orderSha256": str,
+    "queuedBy": said(str, "the name of the token"),
+}
+COMMAND = shape("Command", {"type": Name, "status": Status}, {**ORDER, **REPORT, **TIMES, **MARKS})
+OWN_FIELDS = {"id", "revision"}  # of every record; on the wire the key says the one and the cursor the other
+SET_LATER = (
+    OWN_FIELDS
+    | MARKS.keys()
+    | TIMES.keys() - {"createdAt", "updatedAt"}
+    | {"result", "error", "outcome", "agent", "attempt"}
+)
+COMMANDS = {
+    kind: shape(
+        kind,
+        {"type": Literal[kind], **required},
+        {**ORDER, **optional, **dict.fromkeys(sorted(SET_LATER), Own)},
+    )
+    for kind, (required, optional, _) in ORDERS.items()
+}
+FIELDS = {kind: shape(kind, {}, {**ORDER, **required, **optional}) for kind, (required, optional, _) in ORDERS.items()}
+TYPED = shape("Typed", {"type": Name}, {})
+SETTLED = {field for required, optional, _ in ORDERS.values() for field in (*required, *optional, *ORDER)}
+PUSHABLE = {"conversations": MESSAGES, "documents": DOCUMENT, "commands": COMMAND}
+PUSH = shape("Push", {}, {**dict.fromkeys(KINDS, dict[str, Any]), "lastUpdate": Time})
 
 # What /api/kiro/execute takes, each with what is said of anything else; and what /api/kiro/input takes.
 EXECUTE: dict[str, tuple[Any, str]] = {
@@ -507,32 +654,14 @@ EXECUTE: dict[str, tuple[Any, str]] = {
     "args": (list[str], "Args must be an array of strings"),
     "workspacePath": (Text, "WorkspacePath must be a string, the path of a folder"),
 }
-ANSWER = shape({"value": str | bool, "type": InputType, "executionId": Name}, {})
-
-SETTLED = {field for required, optional, _ in ORDERS.values() for field in (*required, *optional, *ORDER)}
-
-# What an agent may say of a command, and what a command says beside what was ordered.
-REPORT = {
-    "status": Status,
-    "outcome": Outcome,
-    "error": str,
-    "agent": Name,
-    "lease": Run,
-    "attempt": Count,
-    "claim": Name,
-}
-REPORT |= {"result": Any, "metadata": dict[str, Any]}
-PATCH = shape({}, REPORT)
-TIMES = dict.fromkeys(("createdAt", "updatedAt", "startedAt", "endedAt", "leaseUntil"), Time)
-MARKS = {"cancelRequested": bool, "inputSize": Count, "inputClosed": bool, "idempotencyKey": str, "orderSha256": str}
-MARKS |= {"queuedBy": str}
-COMMAND = shape({"type": Name, "status": Status}, {**ORDER, **REPORT, **TIMES, **MARKS})
+EXECUTION = shape("Execute", {"command": Text}, {"args": list[str] | None, "workspacePath": Text | None})
+ANSWER = shape("Answer", {"value": str | bool, "type": InputType, "executionId": Name}, {})
 
 # What a file found in the state directory must be.
 FOUND = {
-    "conversations": shape({"messages": MESSAGES}, {}),
-    "documents": shape({"content": str}, {"timestamp": Time}),
-    "commands": shape({"type": Name}, {**ORDER, **REPORT, **TIMES, **MARKS}),
+    "conversations": shape("Found", {"messages": MESSAGES}, {}),
+    "documents": shape("Found", {"content": str}, {"timestamp": Time}),
+    "commands": shape("Found", {"type": Name}, {**ORDER, **REPORT, **TIMES, **MARKS}),
 }
 
 
@@ -1269,8 +1398,8 @@ def restored(command: Record, present: Record | None, now: int) -> Record:
 
 Manner = Literal["markdown", "code"]
 POSSIBLE["as"] = get_args(Manner)
-SHOWN = shape({"text": str, "as": Manner}, {"language": str, "path": str})
-RENDER = shape({"texts": Annotated[list[SHOWN], msgspec.Meta(max_length=TEXTS)]}, {})  # type: ignore[valid-type]
+SHOWN = shape("Text", {"text": str, "as": Manner}, {"language": str, "path": str})
+RENDER = shape("Texts", {"texts": Annotated[many(SHOWN), msgspec.Meta(max_length=TEXTS)]}, {})
 
 TAGS = {"p", "br", "hr", "h1", "h2", "h3", "h4", "h5", "h6", "blockquote", "pre", "code", "span", "em", "strong", "s"}
 TAGS |= {"a", "ul", "ol", "li", "table", "thead", "tbody", "tr", "th", "td"}
@@ -1302,6 +1431,7 @@ def measured(texts: Iterable[Record]) -> list[Record | None]:
 
 
 CURRENT = "current"  # the name of the version of a document that it has now
+Version = Annotated[str, msgspec.Meta(pattern=f"^({CURRENT}|[0-9]{{16}}-[0-9a-f]{{12}})$")]
 
 
 def check_version(name: str, field: str) -> str:
@@ -4199,7 +4329,7 @@ class Inspection:
         yield from self.shaped(path, AGENT)
 
     def told(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
-        yield from self.shaped(path, shape({"revision": Count, "commands": list[str]}, {}))
+        yield from self.shaped(path, shape("Told", {"revision": Count, "commands": list[str]}, {}))
 
     def used(self, path: str, place: Place) -> Iterator[tuple[str, str]]:
         yield from self.shaped(path, dict[str, Any])
@@ -4376,71 +4506,97 @@ SUBMIT = ("client", "agent", "ide", "admin")
 EXECUTE_AS = ("agent", "ide", "admin")
 
 
-class Route(NamedTuple):
-    """A method and a path, the handler's name, the scopes that it takes, and what may follow the "?".
+class Parameter(NamedTuple):
+    """What may stand in the query, or in a header: its type, and in *words* what it is; and what it is for.
 
-    What more a scope decides, by the type of the command say, is in GRANTS.
+    It is *otherwise* what it is where it is not said; with Required it must be.
+    """
+
+    name: str
+    kind: Any
+    words: str
+    otherwise: Any = ""
+    example: Any = None
+    place: str = "query"
+    most: float = math.inf
+
+    @property
+    def argument(self) -> str:
+        """The name that it has for a handler."""
+        name = self.name.lower().replace("-", "_")
+        return f"{name}_" if keyword.iskeyword(name) else name
+
+    def read(self, texts: Sequence[str]) -> Any:
+        """Return what the *texts* say that were given, each byte a character; raise Malformed."""
+        if not texts and self.otherwise is not Required:
+            return self.otherwise
+        try:
+            (text,) = texts
+            text = text.encode("latin-1").decode()
+            value = msgspec.convert(
+                [*filter(None, text.split(","))] if get_origin(self.kind) is list else text, self.kind, strict=False
+            )
+            return value if self.most is math.inf else min(value, self.most)
+        except (ValueError, UnicodeError):
+            problem = "is required" if not texts else f"must be {self.words.partition(';')[0]}"
+            raise Malformed(self.name, problem) from None
+
+
+def listed(name: str, possible: Any, purpose: str) -> Parameter:
+    """Return a parameter that lists some of what is *possible*, a Literal."""
+    words = f"a list of {', '.join(get_args(possible))}, with commas between; {purpose}"
+    return Parameter(name, list[possible], words, (), [get_args(possible)[0]])
+
+
+class Body(NamedTuple):
+    """What is sent: its shape, or shapes by type; by name, examples; the rule that it must keep, the fields that it may
+    not have, since they are the service's own; and its media type."""
+
+    shape: Any
+    examples: Record
+    rule: Callable[[Record], Record] | None = None
+    own: Container[str] = ()
+    media: str = "application/json"
+
+    def checked(self, sent: Record) -> Record:
+        """Return what was *sent*; raise Malformed if it is not so."""
+        return refuse_own(self.own, self.rule(sent) if self.rule else check(self.shape, sent, ""))
+
+
+class Answer(NamedTuple):
+    """What a route answers: a body of this shape, if any, of this type, under this status, with these headers, and
+    *at_times* with these."""
+
+    shape: Any = None
+    status: int = 200
+    media: str = "application/json"
+    headers: dict[str, Any] = {}
+    at_times: dict[str, Any] = {}
+
+
+class Route(NamedTuple):
+    """A method and a path, the handler's name and the scopes that it takes; what it asks for and takes, what it says,
+    and what it refuses beside what each does (see refusals).
+
+    By this requests are read and checked, and the documentation is made. What more a scope decides, by the type of the
+    command say, is in GRANTS.
     """
 
     method: str
     path: str
     handler: str
     scopes: tuple[str, ...]
-    query: tuple[str, ...] = ()
+    asks: tuple[Parameter, ...] = ()
+    takes: Body | None = None
+    says: tuple[Answer, ...] = ()
+    refuses: tuple[type[Refusal], ...] = ()
 
 
-ROUTES = (
-    Route("GET", "/", "get_home", PUBLIC),
-    Route("GET", "/docs", "get_docs", PUBLIC),
-    Route("GET", "/openapi.json", "get_openapi", PUBLIC),
-    Route("GET", "/health", "get_health", PUBLIC),
-    Route("GET", "/metrics", "get_metrics", READ),
-    Route("GET", "/sync", "get_sync", LOOK, ("since", "wait", "only", "status", "agent")),
-    Route("POST", "/sync", "post_sync", WRITE, ("since",)),
-    Route("POST", "/command", "post_command", SUBMIT, ("wait",)),
-    Route("GET", "/commands", "get_commands", LOOK, ("status", "type", "limit")),
-    Route("POST", "/command/<identity:path>/cancel", "post_cancel", SUBMIT),
-    Route("GET", "/command/<identity:path>/output", "get_output", LOOK, ("stream", "offset", "tail", "wait")),
-    Route(
-        *("POST", "/command/<identity:path>/output", "post_output", EXECUTE_AS),
-        ("stream", "offset", "attempt", "agent", "claim"),
-    ),
-    Route("POST", "/command/<identity:path>/input", "post_input", WRITE),
-    Route("GET", "/command/<identity:path>", "get_command", LOOK, ("wait",)),
-    Route("PATCH", "/command/<identity:path>", "patch_command", SUBMIT),
-    Route("GET", "/conversation/<identity:path>", "get_conversation", READ),
-    Route("GET", "/document/<identity:path>/versions", "get_versions", READ),
-    Route("GET", "/document/<identity:path>/diff", "get_diff", READ, ("from", "to")),
-    Route("GET", "/document/<identity:path>", "get_document", READ, ("version",)),
-    Route("DELETE", "/<kind:re:conversation|document|command>/<identity:path>", "delete", WRITE),
-    Route("POST", "/render", "post_render", READ),
-    Route("GET", "/agents", "get_agents", LOOK),
-    Route("PUT", "/agents/<identity:path>", "put_agent", EXECUTE_AS),
-    Route("PATCH", "/agents/<identity:path>", "patch_agent", EXECUTE_AS),
-    Route("DELETE", "/agents/<identity:path>", "delete_agent", EXECUTE_AS),
-    Route("POST", "/api/kiro/execute", "post_execute", WRITE),
-    Route("GET", "/api/kiro/status", "get_kiro_status", READ),
-    Route("POST", "/api/kiro/input", "post_kiro_input", WRITE),
-)
-
-OWN_FIELDS = {"id", "revision"}  # of every record; on the wire the key says the one and the cursor the other
-SET_LATER = (
-    OWN_FIELDS
-    | MARKS.keys()
-    | TIMES.keys() - {"createdAt", "updatedAt"}
-    | {"result", "error", "outcome", "agent", "attempt"}
-)
-
-
-def refuse_own(own: set[str], record: Record, where: str = "") -> None:
-    """Raise Malformed if *record* has a field that is the service's *own*."""
-    if taken := own & record.keys():
+def refuse_own(own: Container[str], record: Record, where: str = "") -> Record:
+    """Return *record*; raise Malformed if it has a field that is the service's *own*."""
+    if taken := [key for key in record if key in own]:
         raise Malformed(f"{where}{min(taken)}", "is set by the service; send it under another name")
-
-
-def check_announcement(kind: Any, said: Record) -> Record:
-    refuse_own({"present", "lastSeen"}, check(kind, said, ""))
-    return said
+    return record
 
 
 def check_push(push: Record) -> Record:
@@ -4452,7 +4608,7 @@ def check_push(push: Record) -> Record:
         for identity, record in push.get(kind, {}).items():
             where = f"{kind}.{identity[:ID_CHARACTERS]}"
             check_id(identity, where)
-            check({"conversations": MESSAGES, "documents": DOCUMENT, "commands": COMMAND}[kind], record, where)
+            check(PUSHABLE[kind], record, where)
             if kind == "documents":
                 refuse_own(OWN_FIELDS, record, f"{where}.")
             if kind == "commands" and record["status"] == "pending":
@@ -4460,6 +4616,232 @@ def check_push(push: Record) -> Record:
             elif kind == "commands":
                 check(FIELDS.get(record["type"], TYPED), record, where)
     return push
+
+
+# What may be asked
+
+SINCE = Parameter("since", str, "a cursor; one that is not known gives everything", None)
+WAIT = Parameter(
+    "wait", Seconds, f"a number of seconds, 0 to {WAIT_S}; the answer may be held so long", 0.0, 0, most=WAIT_S
+)
+ONLY = listed("only", Kind, "the kinds that are told; else all")
+STATUSES = listed("status", Status, "the commands that are told; else all")
+TYPES = listed("type", Literal[tuple(ORDERS)], "the commands that are told; else all")
+LIMIT = Parameter("limit", Count, "a whole number; so many are told", 100, 20)
+ASKING = Parameter("agent", Speaker, "the name of an agent; that which asks, and so is there")
+STREAM = Parameter("stream", Stream, f"one of {', '.join(get_args(Stream))}; which", "stdout", "stdout")
+PRINTED = STREAM._replace(kind=Printed, words=f"one of {', '.join(get_args(Printed))}; which")
+OFFSET = Parameter("offset", Count, "a whole number; from which byte on", 0, 0)
+PLACE = OFFSET._replace(words="a whole number; where the first byte belongs", otherwise=Required)
+TAIL = Parameter("tail", Count, "a whole number; the last so many bytes, and no offset", None)
+ATTEMPT = Parameter("attempt", Count, "a whole number; taken only from who has the command in this attempt", None)
+HOLDER = Parameter("agent", Speaker, "the name of an agent; taken only if it has the command", None)
+CLAIM = Parameter("claim", str, "a text; taken only from who claimed the command with it", None)
+VERSION = Parameter(
+    "version",
+    Version,
+    "the name of a version (GET /document/ID/versions lists them); which it is to be",
+    CURRENT,
+    CURRENT,
+)
+FROM = VERSION._replace(name="from", words=VERSION.words.replace("which it is to be", "else the last"), otherwise="")
+TO = VERSION._replace(name="to")
+KEY = Parameter(
+    "Idempotency-Key",
+    Key,
+    f"up to {KEY_CHARACTERS} characters of ASCII; the same again is not done again",
+    place="header",
+)
+PREFER = Parameter("Prefer", str, "a list; with respond-async the answer is 202 at once", place="header")
+UNLESS = Parameter("If-None-Match", str, "an ETag; if nothing has changed since, the answer is 304", place="header")
+
+# What is taken
+
+BASH = {"type": "execute_bash", "command": "uname -a"}
+EXAMPLES: dict[str, Record] = {
+    **{"execute_bash": BASH, "read_file": {"path": "/etc/hostname"}},
+    "write_file": {"path": "/tmp/hello.txt", "content": "hello\n"},
+    **{"list_directory": {"path": "/tmp", "limit": 20}, "code_search": {"query": "def main", "path": "/srv"}},
+    "aws_operation": {"service": "s3", "operation": "list-buckets", "parameters": {}},
+    "kiro_command": {"command": "workbench.action.showCommands"},
+    "user_input": {"prompt": "Shall it be deployed?", "inputType": "confirmation"},
+}
+CHAT = {"conversations": {"conv-1": [{"role": "user", "content": "hi", "timestamp": 1710338438173}]}}
+PROGRAM = {"documents": {"doc-1": {"path": "/srv/app.js", "content": "const http", "timestamp": 1710338450000}}}
+SENT = shape("Sent", {}, {**{kind: by_id(each, Id) for kind, each in PUSHABLE.items()}, "lastUpdate": Time})
+ORDERED = Body(COMMANDS, {kind: {"type": kind, **said} for kind, said in EXAMPLES.items()}, check_command, SET_LATER)
+PUSHED_STATE = Body(SENT, {"a message": CHAT, "a document": PROGRAM}, check_push)
+REPORTED = Body(
+    PATCH,
+    {
+        "a claim": {"status": "processing", "agent": "my-agent", "lease": 30, "claim": "0c5a7e1f"},
+        "an end": {"status": "completed", "result": {"stdout": "hello\n", "stderr": "", "exitCode": 0}},
+    },
+)
+TYPED_IN = Body(INPUT, {"a line": {"data": "yes\n"}, "the end": {"close": True}})
+TO_RENDER = Body(
+    RENDER,
+    {
+        "Markdown": {"texts": [{"text": "**bold**", "as": "markdown"}]},
+        "code": {"texts": [{"text": "x = 1", "as": "code", "path": "x.py"}]},
+    },
+)
+BYTES = Body(bytes, {"output": "hello\n"}, media="application/octet-stream")
+ANNOUNCED = Body(AGENT, {"an agent": {"kind": "agent", "types": ["execute_bash"], "version": "1"}}, own=FOUND_OUT)
+RENEWED = Body(AGENT_PATCH, {"it is there": {}, "it takes less": {"types": ["read_file"]}}, own=FOUND_OUT)
+EXECUTED = Body(EXECUTION, {"a command": {"command": "workbench.action.showCommands", "args": []}}, dict)
+ANSWERED = Body(ANSWER, {"yes": {"value": "yes", "type": "confirmation", "executionId": "cmd-1710338480000-xyz789"}})
+
+# What is answered
+
+SERVER = shape("Server", {"running": bool, "port": Count, "host": str, "uptime": Seconds}, {})
+QUEUE = shape("Queue", {"pending": Count, "processing": Count, "oldestPendingMs": Time | None}, {})
+SEEN = shape("Seen", {"kind": AgentKind, "present": bool, "lastSeen": Iso}, {})
+WELL = shape(
+    "Health",
+    {"status": Literal["healthy", "unhealthy"], "ready": bool, "timestamp": Iso, "server": SERVER},
+    {"problem": str, "queue": QUEUE, "agents": by_id(SEEN)},
+)
+STATE = shape(
+    "State",
+    {"lastUpdate": Time, "cursor": str, "serverTime": Time},
+    {
+        **{kind: by_id(each) for kind, each in PUSHABLE.items()},
+        "deleted": said(dict[str, list[str]], "ids by kind: take them out"),
+        "full": said(bool, "that this is all there is, and no change of what you have"),
+    },
+)
+TOLD = {"type": Name, **ORDER, **REPORT, **TIMES, **MARKS}
+HERE = shape("PresentAgent", {"kind": AgentKind, "types": list[Name], "lastSeen": Time, "present": bool}, ABOUT)
+QUESTION = shape(
+    "Question",
+    {"id": str, "prompt": str, "type": InputType, "createdAt": Iso, "expiresAt": Iso},
+    {"executionId": str, "choices": list[str], "metadata": dict[str, Any]},
+)
+RUNNING = shape(
+    "Execution",
+    {"executionId": str, "status": Status, "agent": str | None, "createdAt": Iso},
+    {"command": str, "args": list[str], "workspacePath": str},
+)
+EDITOR = shape(
+    "Editor",
+    {
+        "status": Literal["ready", "busy", "unavailable"],
+        "availableCommands": list[str],
+        "timestamp": Iso,
+        "pendingInputs": many(QUESTION),
+        "executions": many(RUNNING),
+    },
+    {"currentCommand": str, "version": str, "reason": Literal["not_running", "not_responding"], "message": str},
+)
+PRINT = {"X-Output-Offset": Count, "X-Output-Next": Count, "X-Output-End": bool, "X-Output-Truncated": bool}
+PRINT |= {"X-Command-Status": Status}
+TAG = {"ETag": str}
+
+HTML, TEXT = "text/html", "text/plain"
+PAGE_OF_HTML = Answer(str, media=HTML)
+ABOUT_US = Answer(shape("About", dict.fromkeys(("service", "version", "docs", "health"), str), {}))
+DOCUMENTED = Answer(dict[str, Any])
+HEALTHY = Answer(WELL)
+UNHEALTHY = Answer(WELL, 503)
+FIGURES = Answer(str, media=TEXT)
+ALL = Answer(STATE, headers=TAG)
+UNCHANGED = Answer(status=304, headers=TAG)
+MERGED = Answer(shape("Merged", {"status": Literal["updated", "current"], "data": STATE}, {}))
+QUEUED = Answer(
+    shape("Queued", {"commandId": str, "status": Status}, TOLD), at_times={"Idempotent-Replayed": Literal["true"]}
+)
+SOME = Answer(shape("Commands", {"commands": by_id(COMMAND)}, {}))
+ONE = Answer(COMMAND)
+OUTPUT = Answer(str, media=TEXT, headers=PRINT)
+ADDED = Answer(shape("Added", {"size": Count}, {"truncated": bool}))
+TAKEN = Answer(shape("Taken", {"size": Count, "closed": bool}, {}))
+TALK = Answer(shape("Conversation", {"messages": MESSAGES}, {}))
+TEXT_OF_IT = Answer(DOCUMENT)
+REPLACED = shape("Version", {"version": str, "timestamp": Time, "size": said(Count, "bytes of its content")}, {})
+VERSIONS = Answer(shape("Versions", {"versions": many(REPLACED)}, {}))
+DIFF = Answer(shape("Diff", {"diff": str, "from": str, "to": str}, {"coarse": said(bool, "that it is in one piece")}))
+SHOWN_HTML = Answer(shape("Html", {"html": list[str | None]}, {}))
+DELETED = Answer(shape("Deleted", {"deleted": str}, {}))
+AGENTS_HERE = Answer(shape("Agents", {"agents": by_id(HERE)}, {}))
+NOTED = Answer(shape("Noted", {"agent": str}, {}))
+DONE = {"success": Literal[True], "executionId": str}
+SUCCESS = Answer(shape("Success", {**DONE, "output": str, "executionTimeMs": Count}, {}))
+UNDERWAY = Answer(
+    shape("Accepted", {"executionId": str, "status": Status}, {}), 202, at_times={"Preference-Applied": str}
+)
+IDE = Answer(EDITOR)
+HEARD = Answer(shape("Heard", DONE, {}))
+
+COMMAND_AT, DOCUMENT_AT, AGENT_AT = "/command/<identity:path>", "/document/<identity:path>", "/agents/<identity:path>"
+CONTENTS = {
+    "Service": (
+        Route("GET", "/", "get_home", PUBLIC, says=(ABOUT_US, PAGE_OF_HTML)),
+        Route("GET", "/docs", "get_docs", PUBLIC, says=(PAGE_OF_HTML,)),
+        Route("GET", "/openapi.json", "get_openapi", PUBLIC, says=(DOCUMENTED,)),
+        Route("GET", "/health", "get_health", PUBLIC, says=(HEALTHY, UNHEALTHY)),
+        Route("GET", "/metrics", "get_metrics", READ, says=(FIGURES,)),
+    ),
+    "Sync": (
+        Route("GET", "/sync", "get_sync", LOOK, (SINCE, WAIT, ONLY, STATUSES, ASKING, UNLESS), None, (ALL, UNCHANGED)),
+        Route("POST", "/sync", "post_sync", WRITE, (SINCE,), PUSHED_STATE, (MERGED,)),
+    ),
+    "Commands": (
+        Route("POST", "/command", "post_command", SUBMIT, (WAIT, KEY), ORDERED, (QUEUED,), (Unprocessable,)),
+        Route("GET", "/commands", "get_commands", LOOK, (STATUSES, TYPES, LIMIT), None, (SOME,)),
+        Route("POST", f"{COMMAND_AT}/cancel", "post_cancel", SUBMIT, says=(ONE,), refuses=(NotFound, Conflict)),
+        Route(
+            *("GET", f"{COMMAND_AT}/output", "get_output", LOOK),
+            *((STREAM, OFFSET, TAIL, WAIT), None, (OUTPUT,), (NotFound,)),
+        ),
+        Route(
+            *("POST", f"{COMMAND_AT}/output", "post_output", EXECUTE_AS),
+            *((PRINTED, PLACE, ATTEMPT, HOLDER, CLAIM), BYTES, (ADDED,), (NotFound, Conflict)),
+        ),
+        Route("POST", f"{COMMAND_AT}/input", "post_input", WRITE, (), TYPED_IN, (TAKEN,), (NotFound, Conflict)),
+        Route("GET", COMMAND_AT, "get_command", LOOK, (WAIT,), None, (ONE,), (NotFound,)),
+        Route("PATCH", COMMAND_AT, "patch_command", SUBMIT, (), REPORTED, (ONE,), (NotFound, Conflict)),
+    ),
+    "Records": (
+        Route("GET", "/conversation/<identity:path>", "get_conversation", READ, says=(TALK,), refuses=(NotFound,)),
+        Route("GET", f"{DOCUMENT_AT}/versions", "get_versions", READ, says=(VERSIONS,), refuses=(NotFound,)),
+        Route("GET", f"{DOCUMENT_AT}/diff", "get_diff", READ, (FROM, TO), None, (DIFF,), (NotFound,)),
+        Route("GET", DOCUMENT_AT, "get_document", READ, (VERSION,), None, (TEXT_OF_IT,), (NotFound,)),
+        Route(
+            *("DELETE", "/<kind:re:conversation|document|command>/<identity:path>", "delete", WRITE),
+            *((), None, (DELETED,), (NotFound, Conflict)),
+        ),
+        Route("POST", "/render", "post_render", READ, (), TO_RENDER, (SHOWN_HTML,)),
+    ),
+    "Agents": (
+        Route("GET", "/agents", "get_agents", LOOK, says=(AGENTS_HERE,)),
+        Route("PUT", AGENT_AT, "put_agent", EXECUTE_AS, (), ANNOUNCED, (NOTED,)),
+        Route("PATCH", AGENT_AT, "patch_agent", EXECUTE_AS, (), RENEWED, (NOTED,), (NotFound,)),
+        Route("DELETE", AGENT_AT, "delete_agent", EXECUTE_AS, says=(DELETED,), refuses=(NotFound,)),
+    ),
+    "Editor": (
+        Route(
+            *("POST", "/api/kiro/execute", "post_execute", WRITE, (PREFER, KEY), EXECUTED, (SUCCESS, UNDERWAY)),
+            (ValidationFailed, TimedOut, Unexecuted, Unprocessable, Unavailable),
+        ),
+        Route("GET", "/api/kiro/status", "get_kiro_status", READ, says=(IDE,)),
+        Route(
+            *("POST", "/api/kiro/input", "post_kiro_input", WRITE, (), ANSWERED, (HEARD,)),
+            (ValidationFailed, Unfitting, NotFound, TimedOut, Conflict),
+        ),
+    ),
+}
+ROUTES = tuple(itertools.chain(*CONTENTS.values()))
+ALWAYS: tuple[type[Refusal], ...] = (Malformed, TooSlow, HeadTooLarge, TooMany, Broken, Busy)  # may be refused to all
+
+
+def refusals(route: Route) -> list[type[Refusal]]:
+    """Return all that *route* may refuse."""
+    unknown = (Unauthorized, Forbidden) if route.scopes else ()
+    large = (TooLarge,) if route.takes else ()
+    other = (NotJson,) if route.takes and route.takes.media == "application/json" else ()
+    full = (Full,) if route.method != "GET" else ()
+    return [*ALWAYS, *unknown, *large, *other, *full, *route.refuses]
 
 
 def take_push(pen: Pen, push: Record, asker: Token) -> str:
@@ -4508,7 +4890,6 @@ def take_command(pen: Pen, identity: str, command: Record, asker: Token) -> None
 def report(pen: Pen, identity: str, patch: Record) -> Record:
     """Return the command after an agent's *patch*; raise NotFound, Conflict or Malformed."""
     known = existing("commands", pen.get("commands", identity))
-    check(PATCH, patch, "")
     if known["type"] == "user_input" and known["status"] == "pending" and patch.get("status") == "completed":
         known = advance(known, {"status": "processing"}, pen.now)  # a human answers at once
     return put_command(pen, known, advance(known, patch, pen.now))
@@ -4522,9 +4903,8 @@ def queue(pen: Pen, order: Record, key: str = "", **more: str) -> tuple[Record, 
     """Return the command that *order* becomes, and whether it is one that was queued before with the same *key*.
 
     The id is made from the key, so that it is found, and remembered for as long as the command is.
-    A new one says *more* (a target). Raises Malformed, or Unprocessable if the key was used for another order.
+    A new one says *more* (a target). Raises Unprocessable if the key was used for another order.
     """
-    refuse_own(SET_LATER, check_command(order))
     sha256 = digest(canonical(order))
     identity = id_of_key(key) if key else f"cmd-{pen.now}-{secrets.token_hex(5)}"
     known = pen.get("commands", identity) if key else None
@@ -5109,7 +5489,7 @@ class Renderer:
     """
 
     command = (sys.executable, "-B", __file__, "render")
-    environment = {"PATH": os.defpath, "LANG": "C.UTF-8"}  # noqa: RUF012
+    environment = {"PATH": os.defpath, "LANG": "C.UTF-8"}
 
     def __init__(self) -> None:
         self.turn, self.used, self.told = threading.Lock(), 0.0, ""
@@ -5332,7 +5712,7 @@ class Service:
         self.app.default_error_handler = self.unrouted
         self.app.install(self)
         for route in ROUTES:
-            self.app.route(route.path, route.method, getattr(self, route.handler), scopes=route.scopes)
+            self.app.route(route.path, route.method, getattr(self, route.handler), declared=route)
 
     def begin(self, store: Store, audit: Audit | None = None, notifier: Notifier | None = None) -> None:
         """Answer from *store* from now on, enter its changes in *audit*, and tell them to *notifier*.
@@ -5351,12 +5731,17 @@ class Service:
         return self.opened
 
     def apply(self, handler: Callable[..., Any], route: Any) -> Callable[..., Any]:
-        return lambda **arguments: self.answer(
-            lambda: handler(**arguments), route.config["scopes"], readable(route.rule)
-        )
+        declared: Route = route.config["declared"]
+        path = readable(declared.path)
+
+        def ask(**places: str) -> Any:
+            bottle.request.environ["kirosync.route"] = declared
+            return self.answer(lambda: handler(**places, **arguments_of(declared)), declared.scopes, path)
+
+        return ask
 
     def unrouted(self, error: Any) -> Any:
-        """Answer what Bottle could not route: 404 and 405, for who has a token."""
+        """Answer what Bottle could not route: 404 and 405, for who has a token, or asks of what is public."""
 
         def refuse() -> None:
             method, path = bottle.request.method, bottle.request.path
@@ -5365,7 +5750,8 @@ class Service:
                 raise NotAllowed(f"{method} is not for {path}; possible: {allowed}", allowed=allowed.split(","))
             raise NotFound(f"there is no {path}; GET /docs lists what there is")
 
-        return self.answer(refuse, LOOK)
+        public = any(route.path == bottle.request.path for route in ROUTES if not route.scopes)
+        return self.answer(refuse, PUBLIC if public else LOOK)
 
     def answer(self, handler: Callable[[], Any], scopes: Sequence[str], path: str = "") -> Any:
         """Return the body, bytes or a file, of what *handler* answers or raises, and set the status and the headers.
@@ -5448,7 +5834,7 @@ class Service:
     def send(self, pieces: list[bytes], ends: list[int]) -> bytes | Iterator[bytes]:
         """Return what is to be sent of a body in *pieces*: compressed if that is wanted; if it is long, in blocks."""
         response, size = bottle.response, ends[-1]
-        response.set_header("Vary", "Accept-Encoding")
+        response.add_header("Vary", "Accept-Encoding")
         wanted = size >= GZIP_BYTES and bottle.request.method != "HEAD"
         compress = wanted and ACCEPTS_GZIP.search(header("Accept-Encoding"))
         if compress:
@@ -5467,7 +5853,7 @@ class Service:
     # What a request says
 
     def body(self) -> Record:
-        """Return the JSON object that was sent; raise NotJson, TooLarge or Malformed."""
+        """Return the JSON object that was sent, which is what the route takes; raise NotJson, TooLarge or Malformed."""
         kind = header("Content-Type").partition(";")[0].strip().lower()
         if kind not in ("", "application/json") and not kind.endswith("+json"):
             raise NotJson(f"the body is {kind}; send JSON, with Content-Type: application/json")
@@ -5476,11 +5862,12 @@ class Service:
             raise Malformed("", "the body is empty; a JSON object belongs there")
         gc.disable()  # it would look again and again at what is made: 8 s instead of one, in which nobody is answered
         try:
-            return check(dict[str, Any], parse(raw), "")  # type: ignore[no-any-return]
+            sent = check(dict[str, Any], parse(raw), "")
         except Malformed as problem:
             raise Malformed("", f"the body is no JSON object: {problem}") from None
         finally:
             gc.enable()
+        return bottle.request.environ["kirosync.route"].takes.checked(sent)  # type: ignore[no-any-return]
 
     def raw(self) -> bytes:
         """Return the bytes that were sent, with room to work on them until put_away(); raise TooLarge or Busy."""
@@ -5496,30 +5883,6 @@ class Service:
         """Give back the room that the work on a body took."""
         if length := bottle.request.environ.pop("kirosync.work", 0):
             self.work.give(length)
-
-    def number(self, name: str, default: int = -1) -> int:
-        """Return the whole number that the query parameter *name* is, or *default* if it is not there."""
-        text = bottle.request.query.get(name)
-        if text is not None and not re.fullmatch(r"[0-9]{1,15}", text):
-            raise Malformed(name, "must be a whole number")
-        return default if text is None else int(text)
-
-    def seconds(self, name: str = "wait") -> float:
-        """Return how long (s) the caller is ready to wait, at most WAIT_S."""
-        text = bottle.request.query.get(name)
-        if text is None:
-            return 0
-        if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", text):
-            raise Malformed(name, f"must be a number of seconds, 0 to {WAIT_S}")
-        return min(float(text), WAIT_S)
-
-    def listed(self, name: str, possible: Iterable[str]) -> list[str]:
-        """Return what the query parameter *name* lists, separated by commas, each of which must be *possible*."""
-        names = [part for part in (bottle.request.query.get(name) or "").split(",") if part]
-        for part in names:
-            if part not in possible:
-                raise Malformed(name, f"{part!r} is not one of {', '.join(possible)}")
-        return names
 
     def hold(
         self,
@@ -5568,17 +5931,28 @@ class Service:
     # What is answered
 
     def get_home(self) -> Any:
-        """This page, for a browser; else what the service is, as JSON."""
-        if "text/html" not in header("Accept"):
-            return {"service": "kirosync", "version": __version__, "docs": "/docs", "health": "/health"}
+        """The page, for a browser, if console.html is there beside kirosync.py; else what the service is, as JSON."""
+        bottle.response.add_header("Vary", "Accept")
+        if "text/html" in header("Accept"):
+            with contextlib.suppress(OSError):  # it is not there, or not for us
+                return self.page(console_page(stamp_at(CONSOLE)))
+        return {"service": "kirosync", "version": __version__, "docs": "/docs", "health": "/health"}
+
+    def page(self, page: Page) -> bytes:
+        """Answer with *page*, or that it is as the browser knows it."""
         bottle.response.content_type = "text/html; charset=utf-8"
-        page = Path(__file__).with_name("console.html")
-        return page.read_bytes() if page.exists() else self.get_docs()
+        for name, value in {**PAGE_HEADERS, "Content-Security-Policy": page.policy, "ETag": page.tag}.items():
+            bottle.response.set_header(name, value)
+        if page.tag in header("If-None-Match"):
+            bottle.response.status = 304
+            return b""
+        return page.body
 
     def get_docs(self) -> bytes:
         """This documentation."""
-        bottle.response.content_type = "text/html; charset=utf-8"
-        return docs_page().replace(HOST.encode(), html.escape(header("Host")).encode())
+        host = header("Host")  # which will be pasted into a shell
+        shown = host if re.fullmatch(r"[\w.:\[\]-]{1,255}", host, re.ASCII) else "HOST"
+        return self.page(page_of(docs_page().replace(HOST.encode(), shown.encode())))
 
     def get_openapi(self) -> bytes:
         """The routes, for programs: an OpenAPI 3.1 document."""
@@ -5677,7 +6051,9 @@ class Service:
         ]
         return "".join(itertools.starmap(exposed, figures)).encode()
 
-    def get_sync(self) -> list[bytes]:
+    def get_sync(
+        self, *, since: str | None, wait: float, only: list[str], status: list[str], agent: str, if_none_match: str
+    ) -> list[bytes]:
         """All conversations, documents and commands, with lastUpdate and a cursor.
 
         ?since=CURSOR gives what changed after it: of a conversation the new messages, and in "deleted"
@@ -5687,46 +6063,44 @@ class Service:
         filter. The ETag, sent back as If-None-Match, gives 304 when nothing has changed. &agent=NAME says who asks:
         an agent that is there for as long as it does.
         """
-        query, kinds, statuses = bottle.request.query, self.listed("only", KINDS), self.listed("status", NEXT)
-        agent = check_id(query.getunicode("agent", ""), "agent") if query.get("agent") else ""
-        since, seconds = query.get("since"), self.seconds()
-        kinds = kinds or [kind for kind in KINDS if kind in GRANTS[self.asker.scope].reads]
+        agent = agent and check_id(agent, "agent")
+        kinds = only or [kind for kind in KINDS if kind in GRANTS[self.asker.scope].reads]
         for kind in kinds:
             self.asker.may(f"read {kind}", "reads", kind)
         if agent:
             self.permit_agent(agent)
-        if since and seconds:
+        if since and wait:
 
             def ready() -> bool:
                 self.store.refresh()
-                return self.saw(agent) and self.store.known_after(since, kinds).touches(kinds, statuses)
+                return self.saw(agent) and self.store.known_after(since, kinds).touches(kinds, status)
 
-            self.hold(ready, seconds, [(kind,) for kind in kinds], in_turn=not statuses)
+            self.hold(ready, wait, [(kind,) for kind in kinds], in_turn=not status)
         self.saw(agent)
         self.store.refresh()
-        if (tag := f'W/"{self.store.cursor}"') in header("If-None-Match"):
+        if (tag := f'W/"{self.store.cursor}"') in if_none_match:
             bottle.response.status = 304
             bottle.response.set_header("ETag", tag)
             return []
         delta = self.store.known_after(since, kinds)
-        if "commands" in kinds and not statuses and bottle.request.method == "GET":
+        if "commands" in kinds and not status and bottle.request.method == "GET":
             self.told.up_to(delta.since or delta.revision)
         bottle.response.set_header("ETag", f'W/"{delta.cursor}"')
-        return show(delta, self.store.last_update, self.store.clock(), kinds, statuses)
+        return show(delta, self.store.last_update, self.store.clock(), kinds, status)
 
-    def post_sync(self) -> list[bytes]:
+    def post_sync(self, since: str | None) -> list[bytes]:
         """Merge what is sent, the whole state or a part of it: {"status": "updated" | "current", "data": state}.
 
         "updated" if the lastUpdate sent is later than the server's, which then becomes the one sent. The
         records are merged in both cases: no message is dropped because of a clock. With ?since=CURSOR the
         data is what changed after it, and what became of that which was sent.
         """
-        push, asker = check_push(self.body()), self.asker
+        push, asker = self.body(), self.asker
         known = self.store.entries["commands"]
         new = [each for identity, each in push.get("commands", {}).items() if identity not in known]
         self.check_open(sum(each["status"] not in ENDED for each in new))
         status = self.store.change(lambda pen: take_push(pen, push, asker))
-        delta = self.store.delta(bottle.request.query.get("since"))
+        delta = self.store.delta(since)
         self.told.up_to(delta.since or delta.revision)
         for kind in KINDS:
             for identity in push.get(kind, {}) if delta.since else ():
@@ -5768,48 +6142,42 @@ class Service:
             )
             raise TooMany(sentence, OPEN_PAUSE_S)
 
-    def key(self) -> str:
-        """Return the Idempotency-Key, "" if there is none."""
-        key = header("Idempotency-Key")
-        if not re.fullmatch(rf"[ -~]{{0,{KEY_CHARACTERS}}}", key):
-            raise Malformed("Idempotency-Key", f"must be up to {KEY_CHARACTERS} characters of ASCII")
-        return key if self.asker.name == MASTER or not key else f"{self.asker.name}:{key}"  # each has its own
+    def key(self, idempotency_key: str) -> str:
+        """Return the key under which a command is remembered, "" if there is none: each who asks has their own."""
+        own = self.asker.name == MASTER or not idempotency_key
+        return idempotency_key if own else f"{self.asker.name}:{idempotency_key}"
 
-    def post_command(self) -> Any:
+    def post_command(self, wait: float, idempotency_key: str) -> Any:
         """Queue a command: {"commandId", "status": "pending"}. ?wait=SECONDS answers when it has ended.
 
         With a header Idempotency-Key it can be sent again without harm: for as long as the command is kept, the
         same key with the same body answers as that command stands, and with another body 422.
         """
-        order, seconds, key, asker = self.body(), self.seconds(), self.key(), self.asker
-        asker.may(f"queue {order.get('type')}", "queues", str(order.get("type")))
+        order, key, asker = self.body(), self.key(idempotency_key), self.asker
+        asker.may(f"queue {order['type']}", "queues", order["type"])
         self.check_open(0 if key and self.store.get("commands", id_of_key(key)) else 1)
         command, known = self.store.change(partial(queue, order=order, key=key, queuedBy=asker.name))
         if known:
             bottle.response.set_header("Idempotent-Replayed", "true")
         identity, status = command["id"], command["status"]
         del order, command  # which may be large, while it is waited for
-        if seconds:
-            self.hold_until_ended(identity, seconds)
-        entry = self.store.get("commands", identity) if seconds else None
+        if wait:
+            self.hold_until_ended(identity, wait)
+        entry = self.store.get("commands", identity) if wait else None
         shown = self.tell(identity, entry).record(identity) if entry else {"status": status}
         return {"commandId": identity, **without(shown, "id")}
 
-    def get_commands(self) -> Record:
+    def get_commands(self, status: list[str], type: list[str], limit: int) -> Record:
         """{"commands": {id: command}}, the latest first. ?status=, ?type= and ?limit= (100) choose."""
-        query, statuses = bottle.request.query, self.listed("status", NEXT)
-        kinds, limit = self.listed("type", COMMANDS), query.get("limit", "100")
-        if not re.fullmatch(r"\d{1,6}", limit):
-            raise Malformed("limit", "must be a whole number")
         entries = sorted(self.store.all("commands").items(), key=lambda item: -item[1].revision)
-        wanted = ((identity, entry) for identity, entry in entries if not statuses or entry.content.status in statuses)
+        wanted = ((identity, entry) for identity, entry in entries if not status or entry.content.status in status)
         records = ((identity, self.tell(identity, entry).content.record()) for identity, entry in wanted)
-        chosen = ((identity, command) for identity, command in records if not kinds or command["type"] in kinds)
-        return {"commands": dict(itertools.islice(chosen, int(limit)))}
+        chosen = ((identity, command) for identity, command in records if not type or command["type"] in type)
+        return {"commands": dict(itertools.islice(chosen, limit))}
 
-    def get_command(self, identity: str) -> bytes:
+    def get_command(self, identity: str, wait: float) -> bytes:
         """The command as it stands. ?wait=SECONDS answers when it has ended, or with its state by then."""
-        self.hold_until_ended(identity, self.seconds())
+        self.hold_until_ended(identity, wait)
         return self.tell(identity, existing("commands", self.store.get("commands", identity))).newer()
 
     def tell(self, identity: str, entry: Entry) -> Entry:
@@ -5842,23 +6210,22 @@ class Service:
         self.permit("cancel", "queues", identity)
         return without(self.store.change(lambda pen: cancel_command(pen, identity)), "id")
 
-    def get_output(self, identity: str) -> Any:
+    def get_output(self, identity: str, stream: str, offset: int, tail: int | None, wait: float) -> Any:
         """What a command has printed so far, as bytes: of ?stream=stdout, stderr, or stdin (what was sent to it).
 
         From ?offset=N on, or the last ?tail=N bytes. ?wait=SECONDS answers when there is any, or it has ended.
         The header X-Output-Next is the offset to go on at; with X-Output-End: true there will be no more. The first
         64 MiB are kept: X-Output-Truncated: true says that there was more, of which the result has the end.
         """
-        stream, offset, tail = self.stream(STREAMS), self.number("offset", 0), self.number("tail")
 
         def ready() -> bool:
             entry = self.store.get("commands", identity)
             return entry is None or entry.content.status in ENDED or self.store.extent(identity, stream) != offset
 
-        self.hold(ready, self.seconds(), [("commands", identity)], OUTPUT_POLL_S)
+        self.hold(ready, wait, [("commands", identity)], OUTPUT_POLL_S)
         command = existing("commands", self.store.get("commands", identity)).record(identity)
         size = self.kept(command, stream)
-        start = offset if tail < 0 else max(0, size - tail)
+        start = offset if tail is None else max(0, size - tail)
         if start > size:
             raise Malformed("offset", f"there are {size} bytes of {stream}")
         cut = size >= OUTPUT_BYTES or size < size_told_by(command, stream)
@@ -5889,20 +6256,19 @@ class Service:
             return int(command.get("inputSize", 0))
         return self.store.extent(command["id"], stream) or len(told_by(command, stream))
 
-    def post_output(self, identity: str) -> Record:
+    def post_output(
+        self, identity: str, *, stream: str, offset: int, attempt: int | None, agent: str | None, claim: str | None
+    ) -> Record:
         """Add to what a command that is being executed has printed; for agents. The body is bytes: {"size"}.
 
         ?stream= is stdout or stderr, ?offset= where the bytes belong: sent again they change nothing. With
         ?attempt=, ?agent= and ?claim= they are taken only from who holds the command. 64 MiB are kept.
         """
-        stream, offset, query = self.stream(("stdout", "stderr")), self.number("offset"), bottle.request.query
-        if offset < 0:
-            raise Malformed("offset", "is required")
         command = self.permit("take", "takes", identity)
         if command["status"] != "processing":
             raise Conflict(f"{identity} is {command['status']}: it prints nothing", status=command["status"])
-        held: Record = {name: query.getunicode(name) for name in ("agent", "claim") if name in query}
-        check_holder(command, {**held, "attempt": self.number("attempt", command.get("attempt", 1))})
+        held = {"agent": agent, "claim": claim, "attempt": attempt}
+        check_holder(command, {name: said for name, said in held.items() if said is not None})
         piece = self.raw()
         size = self.store.append(identity, stream, offset, piece)
         return {"size": size, **({"truncated": True} if size < offset + len(piece) else {})}
@@ -5913,18 +6279,11 @@ class Service:
         The answer is how much was sent by now: {"size", "closed"}. With "offset", where the data belongs (bytes), it
         can be sent again without harm. "encoding": "base64" is for what is no text.
         """
-        said = check(INPUT, self.body(), "")
+        said = self.body()
         typed = decoded(said.get("data", ""), said.get("encoding", "utf-8"))
         offset, close = said.get("offset"), said.get("close", False)
         command = self.store.change(lambda pen: type_in(pen, identity, typed, offset, close))
         return {"size": command["inputSize"], "closed": command["inputClosed"]}
-
-    def stream(self, possible: Iterable[str]) -> str:
-        """Return the query parameter "stream", one of those that are *possible*."""
-        stream = str(bottle.request.query.get("stream", "stdout"))
-        if stream not in possible:
-            raise Malformed("stream", f"{stream!r} is not one of {', '.join(possible)}")
-        return stream
 
     def delete(self, kind: str, identity: str) -> Record:
         """Remove a conversation, a document, or a command that is not running.
@@ -5948,11 +6307,10 @@ class Service:
         entry = existing("conversations", self.store.get("conversations", identity))
         return [b'{"messages":', *entry.content.newer(0), b"}"]
 
-    def get_document(self, identity: str) -> Any:
+    def get_document(self, identity: str, version: str) -> Any:
         """A document: {"content", "timestamp", ...}. ?version=NAME is one that a merge replaced (see its versions)."""
         entry = existing("documents", self.store.get("documents", identity))
-        name = check_version(bottle.request.query.get("version", CURRENT), "version")
-        return entry.content.newer(0) if name == CURRENT else self.store.version(identity, name)
+        return entry.content.newer(0) if version == CURRENT else self.store.version(identity, version)
 
     def get_versions(self, identity: str) -> Any:
         """The versions of a document, the newest first: {"versions": [{"version", "timestamp", "size" in bytes}]}.
@@ -5961,22 +6319,22 @@ class Service:
         a merge replaced, of which the last 20 are kept.
         """
         if self.belongs_to_id("versions"):
-            return self.get_document(f"{identity}/versions")
+            return self.get_document(f"{identity}/versions", VERSION.read(bottle.request.query.getall("version")))
         now = existing("documents", self.store.get("documents", identity)).content.record()
         known = itertools.chain([(CURRENT, now)], self.store.versions(identity))
         return {"versions": [shown_version(name, document) for name, document in known]}
 
-    def get_diff(self, identity: str) -> Any:
+    def get_diff(self, identity: str, from_: str, to: str) -> Any:
         """What changed from one version of a document to another, as a unified diff: {"diff", "from", "to"}.
 
         ?from=NAME and ?to=NAME are versions; else the newest that a merge replaced, and "current". With "coarse": true
         they differ too much to be compared in time: the diff is one piece, from the first difference to the last.
         """
         if self.belongs_to_id("diff"):
-            return self.get_document(f"{identity}/diff")
-        query, now = bottle.request.query, existing("documents", self.store.get("documents", identity))
+            return self.get_document(f"{identity}/diff", VERSION.read(bottle.request.query.getall("version")))
+        now = existing("documents", self.store.get("documents", identity))
         newest = next((name for name, _ in self.store.versions(identity)), CURRENT)
-        names = check_version(query.get("from", newest), "from"), check_version(query.get("to", CURRENT), "to")
+        names = from_ or newest, to
         old, new = (
             str((now.content.record() if name == CURRENT else self.store.version(identity, name))["content"])
             for name in names
@@ -5999,7 +6357,7 @@ class Service:
         lines as the text, in spans of the classes of Pygments. null where none is made: requirements-page.txt is not
         installed, it takes too long, or it has more than 256 KiB, or 2 MiB with those before it. 100 texts at once.
         """
-        return {"html": self.rendered(measured(check(RENDER, self.body(), "")["texts"]))}
+        return {"html": self.rendered(measured(self.body()["texts"]))}
 
     def rendered(self, orders: Iterable[Record | None]) -> list[str | None]:
         """Return what the renderer makes of each of *orders*, None where it makes nothing; see Renderer."""
@@ -6025,14 +6383,14 @@ class Service:
         "version" and more as it likes; an IDE says its "availableCommands", "workspaceFolders" (paths) and, as
         "focusedAt" (ms), when its window was last in front. It replaces what was said before.
         """
-        said = check_announcement(AGENT, self.body())
+        said = self.body()
         self.permit_agent(identity, said["kind"])
         self.store.change(lambda pen: pen.announce(identity, said))
         return {"agent": identity}
 
     def patch_agent(self, identity: str) -> Record:
         """Change some of what an agent said of itself; {} says that it is there. 404: it must announce itself anew."""
-        patch = check_announcement(AGENT_PATCH, self.body())
+        patch = self.body()
         self.permit_agent(identity, patch.get("kind"))
         if patch:
             self.store.change(lambda pen: pen.announce(identity, {**existing("agents", pen.agent(identity)), **patch}))
@@ -6049,7 +6407,7 @@ class Service:
 
     # What an editor executes, and a human answers
 
-    def post_execute(self) -> Record:
+    def post_execute(self, prefer: str, idempotency_key: str) -> Record:
         """Have an IDE execute {command, args?: [text], workspacePath?}: {success, output, executionTimeMs}.
 
         422 if it failed, if 3 are being executed, or if no window has workspacePath open; 503 if no IDE takes commands;
@@ -6057,10 +6415,10 @@ class Service:
         respond-async the answer is 202 at once, as it is when too many requests wait. An Idempotency-Key is as for
         POST /command. Without one, the same asked again by who hung up before the answer is not executed again.
         """
-        order, key = execution_of(self.kiro_body(), self.execute_s), self.key()
+        order, key = execution_of(self.kiro_body(), self.execute_s), self.key(idempotency_key)
         self.check_open(1)
         caller = Caller(self.asker.name, digest(canonical(order)), bottle.request.environ.get("kirosync.channel"))
-        at_once = "respond-async" in {each.partition(";")[0].strip().lower() for each in header("Prefer").split(",")}
+        at_once = "respond-async" in {each.partition(";")[0].strip().lower() for each in prefer.split(",")}
         command = self.editors.start(order, key, caller, not at_once)
         try:
             if at_once or not self.hold_execution(command) or caller.has_hung_up():
@@ -6104,10 +6462,7 @@ class Service:
         fit; 404 if nothing is waiting; 408 if it has timed out; 409 if it might be the answer to another question of
         that execution. To refuse to answer, cancel the question.
         """
-        try:
-            said = check(ANSWER, self.kiro_body(), "")
-        except Malformed as problem:
-            raise ValidationFailed(str(problem), field=problem.details["field"]) from None
+        said = self.kiro_body()
         question = self.editors.question(said)
         self.store.change(lambda pen: answer_question(pen, question, said))
         return {"success": True, "executionId": said["executionId"]}
@@ -6117,7 +6472,7 @@ class Service:
         try:
             return self.body()
         except Malformed as problem:
-            raise ValidationFailed(str(problem)) from None
+            raise ValidationFailed(str(problem), **problem.details) from None
 
     def hold_until_ended(self, identity: str, seconds: float) -> None:
         """Return when the command has ended, or is not there; or after *seconds*."""
@@ -6235,6 +6590,17 @@ class Service:
         return time.monotonic() + left / 1000, command
 
 
+def arguments_of(route: Route) -> Record:
+    """Return what a request says in its query and its headers, as *route* asks for it, by the handler's arguments."""
+    query = bottle.request.query
+    return {
+        each.argument: each.read(
+            query.getall(each.name) if each.place == "query" else [*filter(None, [header(each.name)])]
+        )
+        for each in route.asks
+    }
+
+
 def header(name: str) -> str:
     """Return a header of the request, each byte a character: Bottle's own look-up fails where it is no UTF-8."""
     key = name.upper().replace("-", "_")
@@ -6266,6 +6632,45 @@ def exposed(name: str, kind: str, samples: Iterable[tuple[Record, float]]) -> st
 
 def escaped(text: str) -> str:
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+class Page(NamedTuple):
+    """A page as it is sent, what it may do in a browser, and by what one knows that it has not changed."""
+
+    body: bytes
+    policy: str
+    tag: str
+
+
+CONSOLE = str(Path(__file__).absolute().with_name("console.html"))
+INLINE = re.compile(rb"<!--.*?-->|<(script|style)\b[^>]*>(.*?)</\1\s*>", re.DOTALL | re.IGNORECASE)
+POLICY = (  # nothing from elsewhere, nothing to elsewhere, and of scripts only those that belong to the page
+    "default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types rendered"
+)
+PAGE_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+PAGE_HEADERS |= {"Cross-Origin-Opener-Policy": "same-origin", "Cache-Control": "no-cache"}
+
+
+def page_of(body: bytes) -> Page:
+    """Return the page that *body* is; its policy lets run what is written in it, each by its hash, and nothing else.
+
+    >>> page_of(b"<style>p{}</style>").policy[:47]
+    "default-src 'none'; script-src 'none'; style-sr"
+    """
+    hashes: dict[str, list[str]] = {"script": [], "style": []}
+    for kind, text in INLINE.findall(body.replace(b"\r\n", b"\n")):  # as a browser reads it
+        if kind:  # else it is a comment
+            hashed = base64.b64encode(hashlib.sha256(text).digest()).decode()
+            hashes[kind.decode().lower()].append(f"'sha256-{hashed}'")
+    allowed = {kind: " ".join(each) or "'none'" for kind, each in hashes.items()}
+    return Page(body, POLICY.format(**allowed), f'W/"{digest(body)[:32]}"')
+
+
+@functools.lru_cache(maxsize=1)
+def console_page(stamp: Stamp) -> Page:
+    """Return the page that lies beside this file, which has that *stamp*; raise OSError."""
+    return page_of(Path(CONSOLE).read_bytes())
 
 
 def shown_version(name: str, document: Record) -> Record:
@@ -6373,85 +6778,440 @@ def readable(path: str) -> str:
     return re.sub("<identity.*?>", "ID", re.sub("<kind.*?>", "KIND", path))
 
 
-def operation(route: Route) -> Record:
+BASE64 = "^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
+SCHEMA, IDENTITY = "#/components/schemas/{name}", {"$ref": "#/components/parameters/id"}
+REQUEST_ID = {"X-Request-Id": {"$ref": "#/components/headers/X-Request-Id"}}
+
+
+def if_then(field: str, value: str, then: Record) -> Record:
+    """Return what a schema says of an object in which *field* is *value*."""
+    return {"if": {"properties": {field: {"const": value}}, "required": [field]}, "then": then}
+
+
+# What is checked beside the shapes: of what waits, by check_command; of a question, by the same; of input, by decoded.
+CONDITIONS = {
+    "Command": if_then("status", "pending", {"$ref": SCHEMA.format(name="Order")}),
+    "user_input": if_then("inputType", "choice", {"required": ["choices"], "properties": {"choices": {"minItems": 1}}}),
+    "Input": if_then("encoding", "base64", {"properties": {"data": {"pattern": BASE64}}}),
+}
+
+
+def schema_of(kind: Any, known: Record) -> Record:
+    """Return the schema of *kind*, bytes among them; those that it refers to become *known* by their names."""
+    if kind is bytes:
+        return {"type": "string", "format": "binary"}
+    if isinstance(kind, dict):
+        one_of = [schema_of(one, known) for one in kind.values()]
+        mapping = {name: one["$ref"] for name, one in zip(kind, one_of, strict=True)}
+        known["Order"] = {"oneOf": one_of, "discriminator": {"propertyName": "type", "mapping": mapping}}
+        return {"$ref": SCHEMA.format(name="Order")}
+    (schema,), more = msgspec.json.schema_components([kind], ref_template=SCHEMA)
+    known |= {name: {**found, **CONDITIONS.get(name, {})} for name, found in more.items()}
+    return schema
+
+
+def paths_of(route: Route) -> dict[str, str]:
+    """Return the paths of *route* as OpenAPI writes them, and the name of the operation: one for each of its kinds."""
+    path = route.path.replace("<identity:path>", "{id}")
+    if not (choice := re.search(r"<kind:re:(.*?)>", path)):
+        return {path: route.handler}
+    return {path.replace(choice[0], kind): f"{route.handler}_{kind}" for kind in choice[1].split("|")}
+
+
+def parameter(asked: Parameter, known: Record) -> Record:
+    """Return what OpenAPI says of a parameter."""
+    schema = schema_of(asked.kind, known)
+    must = asked.otherwise is Required
+    default = {"default": asked.otherwise} if asked.otherwise and not must else {}
+    plain = {"style": "form", "explode": False} if schema.get("type") == "array" else {}
+    example = {} if asked.example is None else {"example": asked.example}
+    about = {"name": asked.name, "in": asked.place, "required": must, "description": asked.words}
+    return {**about, "schema": {**schema, **default}, **plain, **example}
+
+
+def response(answers: Sequence[Answer], sentence: str, known: Record) -> Record:
+    """Return what OpenAPI says of *answers* that have one status; *sentence* is what that means."""
+    schemas: dict[str, list[Record]] = {}
+    for answer in answers:
+        if answer.shape:
+            schemas.setdefault(answer.media, []).append(schema_of(answer.shape, known))
+    content = {media: {"schema": found[0] if len(found) == 1 else {"anyOf": found}} for media, found in schemas.items()}
+    headers = {
+        name: {"required": all(name in answer.headers for answer in answers), "schema": schema_of(kind, known)}
+        for answer in answers
+        for name, kind in {**answer.headers, **answer.at_times}.items()
+    }
+    return {"description": sentence, "headers": REQUEST_ID | headers, **({"content": content} if content else {})}
+
+
+def refusal_as_answer(kind: type[Refusal]) -> Answer:
+    headers = dict.fromkeys(kind.headers or (("Retry-After",) if kind is TooMany else ()), str)
+    return Answer(shape(kind.__name__, kind.fields, {}), kind.status, headers=headers)
+
+
+def responses(route: Route, known: Record) -> Record:
+    """Return what OpenAPI says of all that *route* answers, by status; a refusal that stands alone is in components."""
+    refused = refusals(route)
+    found = {}
+    for status in sorted({*(answer.status for answer in route.says), *(kind.status for kind in refused)}):
+        kinds = [kind for kind in refused if kind.status == status]
+        answers = [answer for answer in route.says if answer.status == status]
+        if len(kinds) == 1 and not answers:
+            found[str(status)] = {"$ref": f"#/components/responses/{kinds[0].__name__}"}
+            continue
+        sentence = " ".join(inspect.getdoc(kind) or "" for kind in kinds) or http.HTTPStatus(status).phrase
+        found[str(status)] = response([*answers, *map(refusal_as_answer, kinds)], sentence, known)
+    return found
+
+
+def operation(route: Route, name: str, tag: str, known: Record) -> Record:
     """Return what OpenAPI says of a route."""
     text = inspect.getdoc(getattr(Service, route.handler)) or ""
-    places = [(name, "path") for name in re.findall(r"<(\w+)", route.path)] + [(name, "query") for name in route.query]
-    return {
-        "summary": text.partition("\n")[0],
-        "description": text,
-        "parameters": [
-            {"name": name, "in": place, "required": place == "path", "schema": {"type": "string"}}
-            for name, place in places
-        ],
-        "security": [{"token": [*route.scopes]}] if route.scopes else [],
-        "responses": {"200": {"description": "as described"}, "default": {"description": '{"error": what was wrong}'}},
-        **({"requestBody": {"content": {"application/json": {}}}} if route.method in ("POST", "PUT", "PATCH") else {}),
+    about: Record = {"operationId": name, "tags": [tag], "summary": text.partition("\n")[0], "description": text}
+    about["parameters"] = [IDENTITY] if "<identity" in route.path else []
+    about["parameters"] += [parameter(asked, known) for asked in route.asks]
+    if body := route.takes:
+        examples = {name: {"value": value} for name, value in body.examples.items()}
+        content = {"schema": schema_of(body.shape, known), "examples": examples}
+        about["requestBody"] = {"required": True, "content": {body.media: content}}
+    about["responses"] = responses(route, known)
+    return {**about, "security": [{"token": [scope]} for scope in route.scopes]}
+
+
+@functools.cache
+def description() -> Record:
+    """Return the routes as an OpenAPI document: https://spec.openapis.org/oas/v3.1.0.html."""
+    schemas: Record = {}
+    paths: dict[str, Record] = {}
+    for tag, routes in CONTENTS.items():
+        for route in routes:
+            for path, name in paths_of(route).items():
+                paths.setdefault(path, {})[route.method.lower()] = operation(route, name, tag, schemas)
+    alone = {kind.__name__: kind for route in ROUTES for kind in refusals(route)}
+    request_id = {"description": "that which was sent, or a new one", "required": True, "schema": {"type": "string"}}
+    identity = Parameter("id", Id, "1 to 128 characters, none of them a control character", Required, "example", "path")
+    components = {
+        "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        "headers": {"X-Request-Id": request_id},
+        "parameters": {"id": parameter(identity, schemas)},
+        "responses": {
+            name: response([refusal_as_answer(kind)], inspect.getdoc(kind) or "", schemas)
+            for name, kind in alone.items()
+        },
+        "schemas": schemas,
     }
-
-
-HOST = "\0"
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kirosync {version}</title>
-<meta name="viewport" content="width=device-width">
-<style>body{{max-width:56em;margin:2em auto;padding:0 1em;font:16px/1.5 system-ui}}p{{white-space:pre-line}}
-td,th{{text-align:left;padding:.2em 1em .2em 0;vertical-align:top}}small{{color:#666}}pre{{overflow:auto}}</style>
-<h1>kirosync {version}</h1>
-<p>One queue and one shared memory for an IDE, an agent and a human. All that is not public wants the header
-<code>Authorization: Bearer TOKEN</code>; the token is in the state directory, in the file token, or in KIROSYNC_TOKEN.
-Bodies are JSON, up to {body} MiB. Timestamps are Unix milliseconds. Held answers wait at most {wait} s.</p>
-<pre>curl -H "Authorization: Bearer TOKEN" -H "Content-Type: application/json" \\
-  -d '{{"type": "execute_bash", "command": "df -h"}}' "http://{host}/command?wait=20"</pre>
-<h2>Routes</h2>{routes}<h2>Commands</h2>
-<table><tr><th>type<th>required<th>optional<th>result{types}</table>
-<p>Optional for all: {order}. timeout (of running) and expiresIn (of waiting) are seconds, {run} and {expires} where not
-given; target is an agent's name; retryable is tried again if its agent is lost. A command is pending, processing,
-completed or failed; its outcome says how it ended: {outcomes}.</p>
-<h2>Records</h2><p>conversations: {{id: [message]}}, a message: {message}
-documents: {{id: document}}, a document: {document}
-commands: {{id: command}}, a command: {command}
-* must be there; other fields are kept as they are. An id has 1 to {id} characters, no control characters.</p>
-<h2>Refusals</h2><p>An error is JSON: {{"error": what was wrong}}, and "field" where one is at fault.</p>
-<ul>{refusals}</ul>
-"""
+    about = {"title": "kirosync", "version": __version__, "description": ABOUT_API}
+    tags = [{"name": tag} for tag in CONTENTS]
+    return {"openapi": "3.1.0", "info": about, "tags": tags, "paths": paths, "components": components}
 
 
 @functools.cache
 def openapi() -> bytes:
-    """Return the routes as an OpenAPI document: made once, like the page, since everyone may ask for it."""
-    paths: Record = {}
-    for route in ROUTES:
-        path = re.sub(r"<(\w+).*?>", r"{\1}", route.path)
-        paths.setdefault(path, {})[route.method.lower()] = operation(route)
-    scheme = {"token": {"type": "http", "scheme": "bearer"}}
-    about = {"title": "kirosync", "version": __version__}
-    document = {"openapi": "3.1.0", "info": about, "components": {"securitySchemes": scheme}, "paths": paths}
-    return msgspec.json.encode(document)
+    """Return description(), encoded once, since everyone may ask for it."""
+    return msgspec.json.encode(description())
+
+
+ABOUT_API = f"""One queue and one shared memory for an IDE, an agent and a human.
+
+All that is not public wants the header Authorization: Bearer TOKEN; the token is in the state directory, in the file
+token, or in KIROSYNC_TOKEN. Bodies are JSON, up to {BODY_BYTES >> 20} MiB. Timestamps are Unix milliseconds. Held
+answers wait at most {WAIT_S} s. An id has 1 to {ID_CHARACTERS} characters, none of them a control character."""
+# The page /docs is made from description(). Its script makes no HTML: what is answered is only ever text.
+
+HOST = "\0"  # stands for the host in the page: it is that which was asked for
+STYLE = """
+:root { color-scheme: light dark; --faint: #59636e; --line: #d1d9e0; --back: #f6f8fa; --link: #0969da; --bad: #b35900 }
+@media (prefers-color-scheme: dark) {
+  :root { --faint: #9198a1; --line: #3d444d; --back: #151b23; --link: #4493f8; --bad: #f0883e } }
+* { box-sizing: border-box }
+body { max-width: 60em; margin: 0 auto; padding: 1em; font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word }
+h2 { margin: 2em 0 .5em; border-bottom: 1px solid var(--line) } h3, h4 { margin: 0; font-size: 1rem; font-weight: 600 }
+summary h3 { display: inline } summary { padding: .4em 0; cursor: pointer } h4 { margin-top: 1em }
+details { border-bottom: 1px solid var(--line) } details[open] { padding-bottom: 1em } p { margin: .5em 0 }
+a { color: var(--link) } code, pre, textarea, input, select { font-family: ui-monospace, monospace; font-size: .875rem }
+pre, form { background: var(--back); border: 1px solid var(--line); border-radius: 6px; padding: .75em; margin: .5em 0 }
+pre { overflow: auto; max-height: 30em; white-space: pre-wrap; overflow-wrap: anywhere }
+nav ul { columns: 18em }
+label { display: block; margin: .6em 0 .2em; font-weight: 600 } small { color: var(--faint); font-weight: 400 }
+input, select, textarea { width: 100%; padding: .4em; border: 1px solid var(--faint); border-radius: 4px }
+textarea { min-height: 8em; resize: vertical } button { margin-top: .75em; padding: .5em 1.5em; font: inherit }
+@media (max-width: 40em) { table { min-width: 34em } }
+.wide { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .875rem }
+th, td { text-align: left; vertical-align: top; padding: .3em .8em .3em 0; border-top: 1px solid var(--line) }
+.bad { color: var(--bad) }
+#access { position: sticky; top: 0; z-index: 1; display: flex; gap: .5em; align-items: center; padding: .4em .75em }
+section, details { scroll-margin-top: 4em }
+#access label { margin: 0 } :focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
+"""
+SCRIPT = """
+"use strict";
+const KEPT = "kirosync.token", MOST = 200000;
+const token = document.getElementById("token");
+token.value = sessionStorage.getItem(KEPT) ?? "";
+token.addEventListener("input", () => sessionStorage.setItem(KEPT, token.value.trim()));
+
+const requestOf = (form) => {
+  const headers = {}, query = new URLSearchParams();
+  let path = form.dataset.path;
+  for (const field of form.querySelectorAll("[data-in]")) {
+    if (field.dataset.in === "path") path = path.replace(`{${field.name}}`, encodeURIComponent(field.value));
+    else if (field.value && field.dataset.in === "query") query.set(field.name, field.value);
+    else if (field.value) headers[field.name] = field.value;
+  }
+  if (token.value.trim()) headers.Authorization = `Bearer ${token.value.trim()}`;
+  const body = form.querySelector("textarea");
+  if (body) headers["Content-Type"] = body.dataset.media;
+  return [path + (query.size ? `?${query}` : ""), { method: form.dataset.method, headers, body: body?.value }];
+};
+
+const legible = (text, type) => {
+  const shown = type.startsWith("application/json") && text ? JSON.stringify(JSON.parse(text), null, 2) : text;
+  return shown.length > MOST ? `${shown.slice(0, MOST)}\\n... and ${shown.length - MOST} characters more` : shown;
+};
+
+const noteworthy = (headers) =>
+  [...headers].filter(([name]) => /^(x-|etag|retry-after|content-type|idempotent|preference|www-)/.test(name))
+    .map(([name, value]) => `${name}: ${value}`).join("\\n");
+
+const send = async (form) => {
+  const status = form.querySelector("[role=status]"), [head, body] = form.querySelectorAll(".answer");
+  const show = (sentence, bad, ...texts) => {
+    status.textContent = sentence;
+    status.classList.toggle("bad", bad);
+    [head, body].forEach((element, place) => {
+      element.textContent = texts[place] ?? "";
+      element.hidden = !texts[place];
+    });
+  };
+  show("Waiting for the answer ...", false);
+  try {
+    const [path, request] = requestOf(form), began = performance.now();
+    const answer = await fetch(path, request), text = await answer.text();
+    const took = Math.round(performance.now() - began), hint = answer.status === 401 ? ": is the token right?" : "";
+    const shown = legible(text, answer.headers.get("Content-Type") ?? "");
+    const ended = `${answer.status} ${answer.statusText}, after ${took} ms${hint}`;
+    show(ended, !answer.ok, noteworthy(answer.headers), shown);
+    const queued = form.dataset.path === "/command" && answer.ok && JSON.parse(text).commandId;
+    if (queued) for (const field of document.querySelectorAll("#Commands [name=id]")) field.value = queued;
+  } catch (error) {
+    show(`There is no answer: ${error.message}`, true);
+  }
+};
+
+document.addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (event.target.dataset.secured && !token.value.trim()) return token.focus();
+  if (event.target.dataset.method) send(event.target);
+});
+document.addEventListener("change", ({ target }) => {
+  if (target.dataset.example !== undefined) target.form.querySelector("textarea").value = target.value;
+});
+const unfold = () => {
+  const aim = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  if (aim?.tagName === "DETAILS") aim.open = true;
+};
+addEventListener("hashchange", unfold);
+unfold();
+"""
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kirosync {version}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
+<style>{style}</style>
+<header><h1>kirosync {version}</h1>{about}
+<p>The same for programs: <a href="openapi.json">openapi.json</a>. From a terminal:</p>{curl}</header>
+<form id="access"><label for="token">Token</label>
+<input id="token" type="password" autocomplete="off" placeholder="kept for this browser session"></form>
+<nav aria-label="Contents"><ul>{contents}</ul></nav>
+<main>{operations}
+<section><h2 id="Types">Types of commands</h2>{types}
+<p>All may say: {order} (see <a href="#shape-execute_bash">execute_bash</a>). A command is pending, processing,
+completed or failed; its outcome says how it ended: {outcomes}.</p></section>
+<section><h2 id="Shapes">Records, and what else is sent and answered</h2>
+<p>A * marks what must be there; other fields are kept as they are.</p>{shapes}</section>
+<section><h2 id="Refusals">Refusals</h2>
+<p>Whatever is asked, it may be answered {always}.</p>{refusals}</section></main>
+<script>{script}</script></html>
+"""
+
+
+def shown_words(text: str) -> str:
+    """Return *text* as HTML; what stands in double backticks as code.
+
+    >>> shown_words("``a`` < b")
+    '<code>a</code> &lt; b'
+    """
+    return re.sub("``(.*?)``", r"<code>\1</code>", html.escape(text, quote=False))
+
+
+def shown_prose(text: str) -> str:
+    return "".join(f"<p>{shown_words(part)}</p>" for part in text.split("\n\n") if part)
+
+
+def shown_table(head: str, rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of cells that are HTML; *head* names the columns."""
+    titles = "".join(f'<th scope="col">{title}' for title in head.split(","))
+    lines = "".join("<tr>" + "".join(f"<td>{cell}" for cell in row) for row in rows)
+    return f'<div class="wide" tabindex="0" role="group" aria-label="{head}"><table><tr>{titles}{lines}</table></div>'
+
+
+def shown_kind(schema: Record) -> str:
+    """Return what a *schema* is, in few words, as HTML.
+
+    >>> shown_kind({"type": "number", "minimum": 0, "maximum": 55}), shown_kind({"enum": ["a", "b"]})
+    ('number, 0 to 55', 'a | b')
+    """
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return f'<a href="#shape-{name}">{name}</a>'
+    if choices := schema.get("anyOf", schema.get("oneOf")):
+        return " | ".join(map(shown_kind, choices))
+    if "enum" in schema:
+        return " | ".join(html.escape(str(value)) for value in schema["enum"])
+    if schema.get("type") == "array":
+        return f"[{shown_kind(schema.get('items', {}))}]"
+    if "additionalProperties" in schema:
+        return f"{{id: {shown_kind(schema['additionalProperties'])}}}"
+    least, most = (schema.get(f"{end}imum", schema.get(f"exclusive{end.title()}imum")) for end in ("min", "max"))
+    bounds = "" if most in (None, INTEGER) else f", {least} to {most}"
+    return f"{schema.get('type', 'anything')}{bounds}"
+
+
+def shown_shape(name: str, schema: Record) -> str:
+    """Return the fields of a component, which can be unfolded."""
+    must, fields = schema.get("required", []), schema.get("properties", {})
+    own = [field for field, kind in fields.items() if kind.get("readOnly")]
+    rows = [
+        (
+            f"<code>{field}</code>{'*' if field in must else ''}",
+            shown_kind(kind),
+            shown_words(kind.get("description", "")),
+        )
+        for field, kind in sorted(fields.items(), key=lambda item: (item[0] not in must, item[0]))
+        if field not in own
+    ]
+    inside = shown_table("field,is,and means", rows) if rows else f"<p>{shown_kind(schema)}</p>"
+    kept = f"<p>Set by the service, and refused: {', '.join(own)}.</p>" if own else ""
+    return f'<details id="shape-{name}"><summary><h3><code>{name}</code></h3></summary>{inside}{kept}</details>'
+
+
+def shown_input(asked: Record, form: str) -> str:
+    """Return the field of a *form* in which a parameter is filled in."""
+    name, example = asked["name"], asked.get("example", "")
+    value = html.escape(",".join(example) if isinstance(example, list) else str(example)) if asked["required"] else ""
+    field, must = f"{form}-{name}", " required" if asked["required"] else ""
+    words = html.escape(asked["description"])
+    return (
+        f'<label for="{field}">{name} <small>{asked["in"]}{"," if must else ""}{must}: {words}</small></label>'
+        f'<input id="{field}" name="{name}" data-in="{asked["in"]}" value="{value}" autocomplete="off"{must}>'
+    )
+
+
+def shown_body(body: Record, form: str) -> str:
+    """Return the fields of a *form* in which a body is chosen and written."""
+    ((media, content),) = body["content"].items()
+    texts = {
+        name: example["value"] if isinstance(example["value"], str) else json.dumps(example["value"], indent=2)
+        for name, example in content["examples"].items()
+    }
+    options = "".join(f'<option value="{html.escape(text)}">{name}' for name, text in texts.items())
+    return (
+        f'<label for="{form}-example">Example</label><select id="{form}-example" data-example>{options}</select>'
+        f'<label for="{form}-body">Body <small>{media}, {shown_kind(content["schema"])}</small></label>'
+        f'<textarea id="{form}-body" data-media="{media}" spellcheck="false">{html.escape(next(iter(texts.values())))}'
+        "</textarea>"
+    )
+
+
+def shown_form(method: str, path: str, said: Record) -> str:
+    """Return the form in which an operation can be tried."""
+    components, name = description()["components"], said["operationId"]
+    asked = [components["parameters"]["id"] if "$ref" in each else each for each in said["parameters"]]
+    inputs = "".join(shown_input(each, name) for each in asked)
+    body = shown_body(said["requestBody"], name) if "requestBody" in said else ""
+    secured = ' data-secured="yes"' if said["security"] else ""
+    return (
+        f'<form aria-label="Try {method} {path}" data-method="{method}" data-path="{path}"{secured}>{inputs}{body}'
+        '<button>Send</button><p role="status"></p>'
+        '<pre class="answer" tabindex="0" aria-label="Headers" hidden></pre>'
+        '<pre class="answer" tabindex="0" aria-label="Answer" hidden></pre></form>'
+    )
+
+
+def shown_responses(said: Record) -> str:
+    """Return what an operation answers, by status; what all may is told elsewhere."""
+    common = {str(kind.status) for kind in ALWAYS}
+    rows = []
+    for status, found in said["responses"].items():
+        name = found.get("$ref", "").rpartition("/")[2]
+        response = description()["components"]["responses"][name] if name else found
+        kinds = [
+            f"{shown_kind(content['schema'])}{'' if media == 'application/json' else f' <small>{media}</small>'}"
+            for media, content in response.get("content", {}).items()
+        ]
+        headers = ", ".join(f"<code>{name}</code>" for name in response["headers"] if name not in REQUEST_ID)
+        if status not in common or not name:
+            rows.append((status, "<br>".join(kinds), headers, shown_words(response["description"])))
+    return shown_table("status,body,headers,when", rows)
+
+
+def shown_operation(method: str, path: str, said: Record) -> str:
+    """Return all of an operation, which can be unfolded."""
+    scopes = ", ".join(scope for need in said["security"] for scope in need["token"]) or "everyone, without a token"
+    summary, _, more = said["description"].partition("\n\n")
+    return (
+        f'<details id="{said["operationId"]}">'
+        f"<summary><h3><code>{method} {path}</code></h3> {shown_words(summary)}</summary>"
+        f"{shown_prose(more)}<p><small>May be asked by: {scopes}</small></p>"
+        f"{shown_form(method, path, said)}{shown_curl(method, path, said)}"
+        f"<h4>Answers</h4>{shown_responses(said)}</details>"
+    )
+
+
+def shown_curl(method: str, path: str, said: Record) -> str:
+    """Return the line that asks the same in a terminal."""
+    implied = "POST" if "requestBody" in said else "GET"
+    parts = ["curl", *([] if method == implied else [f"-X {method}"])]
+    parts += ['-H "Authorization: Bearer $TOKEN"'] if said["security"] else []
+    for media, content in said.get("requestBody", {}).get("content", {}).items():
+        value = next(iter(content["examples"].values()))["value"]
+        text = value if isinstance(value, str) else json.dumps(value)
+        parts += [f"-H 'Content-Type: {media}'", f"--data-binary {shlex.quote(text)}"]
+    query = "&".join(f"{each['name']}={each['example']}" for each in said["parameters"] if each.get("required"))
+    url = f"http://{HOST}{path.replace('{id}', 'example')}{'?' if query else ''}{query}"
+    return f'<pre tabindex="0" aria-label="curl">{html.escape(" ".join([*parts, shlex.quote(url)]))}</pre>'
+
+
+def shown_type(kind: str) -> Sequence[str]:
+    required, optional, result = ORDERS[kind]
+    return f"<code>{kind}</code>", ", ".join(required), ", ".join(optional), html.escape(result)
+
+
+def shown_refusal(kind: type[Refusal]) -> Sequence[str]:
+    meaning = shown_words((inspect.getdoc(kind) or "").partition("\n")[0])
+    return f"{kind.status} {kind.__name__}", meaning, f"{{{', '.join(kind.fields)}}}"
 
 
 @functools.cache
 def docs_page() -> bytes:
     """Return the documentation, made from the routes and the tables above; where HOST stands, the address belongs."""
-
-    def fields(table: dict[str, Any]) -> str:
-        return ", ".join(f"{name}*" if get_origin(kind) is Required else name for name, kind in table.items())
-
-    routes = "".join(
-        f"<h3><code>{route.method} {readable(route.path)}</code>"
-        f" <small>{', '.join(route.scopes) or 'public'}</small></h3>"
-        f"<p>{html.escape(inspect.getdoc(getattr(Service, route.handler)) or '')}</p>"
-        for route in ROUTES
-    )
-    types = "".join(
-        f"<tr><td><code>{kind}</code><td>{', '.join(required)}<td>{', '.join(optional)}<td>{result}"
-        for kind, (required, optional, result) in ORDERS.items()
-    )
+    said = description()
+    sections: dict[str, str] = dict.fromkeys(CONTENTS, "")
+    for path, methods in said["paths"].items():
+        for method, operation in methods.items():
+            sections[operation["tags"][0]] += shown_operation(method.upper(), path, operation)
+    schemas = said["components"]["schemas"]
+    refused = {kind for route in ROUTES for kind in refusals(route)} | {NotAllowed}
     page = PAGE.format(
-        **{"version": __version__, "body": BODY_BYTES >> 20, "wait": WAIT_S, "host": HOST},
-        **{"routes": routes, "types": types, "order": fields(ORDER), "run": RUN_S, "expires": EXPIRES_S},
-        **{"outcomes": ", ".join(get_args(Outcome)), "id": ID_CHARACTERS},
-        **{"message": fields(MESSAGE.__annotations__), "document": fields(DOCUMENT.__annotations__)},
-        command=fields(COMMAND.__annotations__),
-        refusals="".join(f"<li>{kind.status} {kind.__name__}" for kind in Refusal.__subclasses__()),
+        **{"version": __version__, "about": shown_prose(ABOUT_API), "style": STYLE, "script": SCRIPT},
+        curl=shown_curl("POST", "/command", said["paths"]["/command"]["post"]),
+        contents="".join(f'<li><a href="#{name}">{name}</a>' for name in (*CONTENTS, "Types", "Shapes", "Refusals")),
+        operations="".join(f'<section id="{tag}"><h2>{tag}</h2>{text}</section>' for tag, text in sections.items()),
+        types=shown_table("type,required,optional,result", map(shown_type, ORDERS)),
+        **{"order": ", ".join(ORDER), "outcomes": ", ".join(get_args(Outcome))},
+        shapes="".join(shown_shape(name, schemas[name]) for name in sorted(schemas)),
+        always=", ".join(f"{kind.status} {kind.__name__}" for kind in ALWAYS),
+        refusals=shown_table(
+            "status,it means,body", map(shown_refusal, sorted(refused, key=operator.attrgetter("status")))
+        ),
     )
     return page.encode()
 
@@ -7387,7 +8147,7 @@ class Option(NamedTuple):
     name: str
     help: str
     default: str | None = None
-    more: Record = {}  # noqa: RUF012
+    more: Record = {}
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
         variable = "KIROSYNC" + self.name[1:].replace("-", "_").upper()

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import requests
 import webtest
+from described import hold
 from playwright.sync_api import sync_playwright
 
 import kirosync
@@ -70,6 +72,7 @@ class Server(Process):
         self.session = requests.Session()
         self.session.trust_env = False
         self.session.headers["Authorization"] = f"Bearer {TOKEN}"
+        self.session.hooks["response"].append(hold_answer)
         self.url = until(lambda: address_in(log, self.popen), 20)
 
     def ask(self, method, path, **more):
@@ -83,6 +86,21 @@ class Server(Process):
     def end(self, number=15):
         self.session.close()
         return super().end(number)
+
+
+def hold_answer(answer, stream=False, **_):
+    """Hold what a real service answered against its description."""
+    if not stream and answer.request.method != "HEAD":
+        hold(answer.request.method, urlsplit(answer.url).path, answer.status_code, answer.headers, answer.content)
+
+
+class App(webtest.TestApp):
+    """The service in this process, each answer of which is held against its description."""
+
+    def do_request(self, req, status=None, expect_errors=None):
+        answer = super().do_request(req, status, expect_errors)
+        hold(req.method, req.environ["PATH_INFO"], answer.status_int, answer.headers, answer.body)
+        return answer
 
 
 def address_in(log, popen):
@@ -121,7 +139,7 @@ def store(state, clock):
 @pytest.fixture
 def client(store):
     """The service in this process, asked as the rightful user."""
-    app = webtest.TestApp(kirosync.Service(store, kirosync.Keyring(store.directory, TOKEN)).app)
+    app = App(kirosync.Service(store, kirosync.Keyring(store.directory, TOKEN)).app)
     app.authorization = ("Bearer", TOKEN)
     return app
 

@@ -198,7 +198,11 @@ class Noise:
         identity = quote(self.identity(), safe=self.any("", "/", "/:@"))
         path = re.sub("<identity.*?>", lambda _: identity, route.path)
         path = re.sub("<kind.*?>", lambda _: self.any("conversation", "document", "command"), path)
-        query = [f"{name}={self.value(name)}" for name in route.query if self.maybe(0.5)]
+        query = [
+            f"{asked.name}={self.value(asked.name)}"
+            for asked in route.asks
+            if asked.place == "query" and self.maybe(0.5)
+        ]
         if route.path == "/sync" and route.method == "GET" and not query:
             query = ["only=documents"]  # all there is, again and again, would only take its time
         if self.maybe(0.03):

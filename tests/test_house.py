@@ -12,7 +12,7 @@ import waitress.channel
 
 ROOT = Path(__file__).parent.parent
 BANNER = re.compile(r"^# -{20,} (\w+)$", re.MULTILINE)
-GIVEN = {*dir(waitress.channel.HTTPChannel), "do_POST"}  # names of what is extended
+GIVEN = {*dir(waitress.channel.HTTPChannel), "do_POST", "do_request"}  # names of what is extended
 IMPURE = {
     "os",
     "time",

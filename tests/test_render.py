@@ -1,5 +1,7 @@
 """What a page shows: records by their ids, versions and what changed between them, and text as HTML that is safe."""
 
+import base64
+import hashlib
 import os
 import random
 import re
@@ -56,7 +58,7 @@ def copied(tmp_path, start):
             text, count = re.subn(rf"^{name} = \S+", f"{name} = {value}", text, flags=re.MULTILINE)
             assert count == 1
         for name, content in {"kirosync.py": text, **dict(files)}.items():
-            (folder / name).write_text(content)
+            (folder / name).write_bytes(content.encode())
         return start(Server, tmp_path / "state", tmp_path / "log", program=folder / "kirosync.py")
 
     return copied
@@ -126,7 +128,7 @@ def test_a_version_has_a_name_of_the_list_and_no_other_file_is_read(client, stor
         for path in (f"/document/d?version={quote(name)}", f"/document/d/diff?from={quote(name)}"):
             said = client.get(path, status=400).json
             assert said["field"] in ("version", "from")
-            assert said["error"].endswith("is not the name of a version; GET /document/ID/versions lists them")
+            assert "GET /document/ID/versions lists them" in said["error"]
     for name in (theirs, *(f"000000000000000{n}-0123456789ab" for n in (7, 8, 9))):
         assert client.get(f"/document/d?version={name}", status=404).json == {"error": "Version not found"}
         assert client.get(f"/document/d/diff?to={name}", status=404).json == {"error": "Version not found"}
@@ -141,6 +143,67 @@ def test_an_id_that_ends_as_a_route_does_is_still_an_id(server):
         assert server.ask("GET", f"/document/a%2F{word}?x=1").json()["content"] == word
         assert word in server.ask("GET", f"/document/a/{word}").json()
         assert word in server.ask("GET", f"/document/a%2f{word}/{word}").json()
+
+
+# The page
+
+SCRIPT = 'let a = "<style>no</style>"; // ü\n'
+PAGE = f"""<!doctype html><html lang=en><!-- <script>no</script> --><title>t</title>\r
+<STYLE media=all>p {{ color: red }}\r
+</STYLE><p onclick="x()">hi</p><script type=module>{SCRIPT}</script><script>1</script>"""
+BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8", "Authorization": ""}
+
+
+def sources(answer, name):
+    """What a directive of the policy of *answer* allows."""
+    policy = dict(each.split(" ", 1) for each in answer.headers["Content-Security-Policy"].split("; "))
+    return policy[name].split()
+
+
+def hashed(text):
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def test_the_page_may_run_what_is_written_in_it_and_nothing_else(copied, tmp_path):
+    server = copied({"console.html": PAGE})
+    answer = server.ask("GET", "/", headers=BROWSER)
+    assert answer.content == (tmp_path / "code" / "console.html").read_bytes()
+    assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert sources(answer, "script-src") == [hashed(SCRIPT), hashed("1")]
+    assert sources(answer, "style-src") == [hashed("p { color: red }\n")]
+    rest = answer.headers["Content-Security-Policy"].split("; ")
+    assert [each for each in rest if not each.startswith(("script-src", "style-src"))] == [
+        *("default-src 'none'", "connect-src 'self'", "img-src data:", "base-uri 'none'", "form-action 'none'"),
+        *("frame-ancestors 'none'", "require-trusted-types-for 'script'", "trusted-types rendered"),
+    ]
+    for each in (answer, server.ask("GET", "/docs", headers=BROWSER)):
+        said = each.headers
+        assert (said["X-Content-Type-Options"], said["Referrer-Policy"]) == ("nosniff", "no-referrer")
+        assert (said["Cross-Origin-Opener-Policy"], said["Cache-Control"]) == ("same-origin", "no-cache")
+        assert sources(each, "default-src") == ["'none'"]
+        again = server.ask("GET", urlsplit(each.url).path, headers={**BROWSER, "If-None-Match": said["ETag"]})
+        assert (again.status_code, again.content) == (304, b"")
+    styles = re.findall("<style>(.*?)</style>", server.ask("GET", "/docs").text, re.DOTALL)
+    assert sources(each, "style-src") == [*map(hashed, styles)]
+
+
+def test_who_asks_for_no_page_or_where_there_is_none_gets_json(copied, tmp_path):
+    server = copied({"console.html": PAGE})
+    for accept in ("*/*", "application/json", ""):
+        answer = server.ask("GET", "/", headers={"Accept": accept})
+        assert answer.json()["service"] == "kirosync"
+        assert "Accept" in re.split(", *", answer.headers["Vary"])
+        assert "Content-Security-Policy" not in answer.headers
+    console = tmp_path / "code" / "console.html"
+    console.unlink()
+    assert server.ask("GET", "/", headers=BROWSER).json()["service"] == "kirosync"
+    console.write_text("<script>2</script>")
+    answer = server.ask("GET", "/", headers=BROWSER)
+    assert (answer.text, sources(answer, "script-src")) == ("<script>2</script>", [hashed("2")])
+    console.write_text("<script>three</script>")
+    answer = server.ask("GET", "/", headers=BROWSER)
+    assert (answer.text, sources(answer, "script-src")) == ("<script>three</script>", [hashed("three")])
+    assert (sources(answer, "style-src"), server.ask("GET", "/", headers=BROWSER).text) == (["'none'"], answer.text)
 
 
 # What changed
