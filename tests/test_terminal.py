@@ -615,6 +615,20 @@ def test_a_restored_service_is_no_reason_to_remove_files(server, here):
     assert here.read() == {"a.md": "a"}
 
 
+def test_a_file_that_changes_while_it_is_taken_in_stays_as_it_is(tmp_path):
+    folder = client.Folder(tmp_path)
+    (tmp_path / "a.md").write_text("looked at")
+    known = folder.read("a.md")[1]
+    (tmp_path / "a.md").write_text("written since")
+    for act in (lambda: folder.write("a.md", b"theirs", 1, known), lambda: folder.remove("a.md", known)):
+        with pytest.raises(ValueError, match="was changed just now"):
+            act()
+    with pytest.raises(ValueError, match="was changed just now"):
+        folder.write("a.md", b"theirs", 1, None)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.md", "written since")]
+    os.close(folder.fd)
+
+
 def test_other_fields_of_a_document_are_kept(server, here):
     document = {"content": "x", "timestamp": 1, "metadata": {"by": "ide"}, "language": "mine"}
     server.ask("POST", "/sync", json={"documents": {"a.md": document}})
