@@ -697,6 +697,11 @@ class Token(NamedTuple):
     sha256: str = ""
     expires: float = math.inf  # ms
 
+    def shown(self) -> Record:
+        """Return what who brings it is told of it."""
+        ends = {"expiresAt": self.expires} if self.expires < math.inf else {}
+        return {"name": self.name, "scope": self.scope, **ends}
+
     def can(self, right: str, wanted: str) -> bool:
         """Return whether the grant of its scope has *wanted* in its *right*."""
         return self.scope == "admin" or wanted in getattr(GRANTS[self.scope], right)
@@ -6041,8 +6046,8 @@ class Service:
         It is unhealthy, and the status code 503, while it reads its state directory, where that cannot be written or is
         nearly full, and when a command has waited for a minute that no agent is there to take: "problem" says which,
         and "ready" whether at least the service itself can work.
-        Who brings a token learns more: queue: {pending, processing, oldestPendingMs}, and agents: {name: {kind,
-        present, lastSeen}}.
+        Who brings a token learns more: queue: {pending, processing, oldestPendingMs}, agents: {name: {kind,
+        present, lastSeen}}, and of the token its {name, scope, expiresAt?}.
         """
         now, hindrance = self.opened.clock() if self.opened else time.time() * 1000, self.hindrance()
         problem = hindrance or self.neglect()
@@ -6050,7 +6055,8 @@ class Service:
         said: Record = {"status": "unhealthy", "problem": problem} if problem else {"status": "healthy"}
         said["ready"] = not hindrance
         bottle.response.status = 503 if problem else 200
-        more = self.overview() if self.opened and bottle.request.environ["kirosync.token"] else {}
+        asker: Token | None = bottle.request.environ["kirosync.token"]
+        more = {**self.overview(), "token": asker.shown()} if self.opened and asker else {}
         return {**said, "timestamp": iso(now), "server": server, **more}
 
     def uptime(self) -> float:

@@ -234,6 +234,11 @@ def test_the_transcript_of_the_readme_is_true(checkout):
         until(lambda: "Ctrl-C ends" in heard(terminal, said), 30)
         lines = plain(said.decode().replace("\r", "").replace(port, "3001"), checkout).splitlines()
         assert [line for line in lines if line in printed] == printed
+        config = checkout.parent / "config" / "kirosync" / "config.toml"  # for the port, which is another one here
+        config.parent.mkdir(parents=True)
+        config.touch(0o600)
+        config.write_text(f'url = "http://127.0.0.1:{port}"\ntoken-file = "{checkout}/state/token"\n')
+        homes = {"XDG_CONFIG_HOME": str(config.parent.parent), "XDG_STATE_HOME": str(checkout.parent / "remembered")}
         defined, identity = "", ""
         for command, expected in rest:
             runs = re.sub(r"cmd-\d+-[0-9a-f]+", identity, command).replace("3001", port)
@@ -243,7 +248,7 @@ def test_the_transcript_of_the_readme_is_true(checkout):
                 cwd=checkout,
                 capture_output=True,
                 text=True,
-                env=environment(),
+                env=environment(**homes),
                 check=True,
             )
             defined += f"{command}\n" if "() {" in command else ""

@@ -506,6 +506,7 @@ def test_health_tells_more_to_who_brings_a_token(server, ide):
     assert (said["queue"]["pending"], said["queue"]["processing"]) == (1, 0)
     assert said["agents"]["window"].items() >= {"kind": "ide", "present": True}.items()
     assert re.fullmatch(ISO, said["agents"]["window"]["lastSeen"])
+    assert said["token"] == {"name": "master", "scope": "admin"}
 
 
 # The human
