@@ -358,6 +358,7 @@ AUDIT_LINES = 10_000  # that are entered at once
 AUDIT_BYTES = 32 << 20  # of a file of it, before another is begun
 AUDIT_FILES = 16  # that are kept beside it: half a GiB, some two million changes
 PATH_CHARACTERS = 300  # of a path in the access log
+ACCESS_LINES = 1000  # of the access log that wait to be written, a second at most: each by itself makes all dearer
 ACCESS_BYTES, ACCESS_FILES = 16 << 20, 4  # of the access log, and how many are kept beside it
 NOTICES = 100  # that wait to be sent; more are dropped, which the log and /metrics say
 NOTIFY_S = 10.0  # for one to be sent
@@ -1423,6 +1424,23 @@ def measured(texts: Iterable[Record]) -> list[Record | None]:
         left -= size if fits else 0
         chosen.append(each if fits else None)
     return chosen
+
+
+ADDRESS_IN_TEXT = re.compile(r"https?://[^\s<>\"'`]*[^\s<>\"'`.,;:!?)\]}*_~]")
+
+
+def addresses_in(text: str) -> Iterator[tuple[str, bool]]:
+    """Yield *text* in parts, each with whether it is an address of the web, as people write them into sentences.
+
+    >>> [*addresses_in("(see https://a.example/b?c=d.)")]
+    [('(see ', False), ('https://a.example/b?c=d', True), ('.)', False)]
+    """
+    at = 0
+    for found in ADDRESS_IN_TEXT.finditer(text):
+        yield from [(text[at : found.start()], False)] if found.start() > at else []
+        yield found[0], True
+        at = found.end()
+    yield from [(text[at:], False)] if at < len(text) else []
 
 
 CURRENT = "current"  # the name of the version of a document that it has now
@@ -5100,6 +5118,24 @@ class Room:
             self.change.notify_all()
 
 
+class Answered(msgspec.Struct, rename={"identity": "requestId", "place": "from", "size": "bytes"}):
+    """A request as a line of the access log has it."""
+
+    at: float | str  # ms, and in the file as ISO 8601
+    identity: str
+    by: str
+    place: str
+    method: str
+    path: str
+    status: int
+    size: int
+    received: int
+    ms: int
+
+    def line(self) -> bytes:
+        return msgspec.json.encode(msgspec.structs.replace(self, at=iso(float(self.at))))
+
+
 class Caller(NamedTuple):
     """Who waits for an execution, by the name of the token, and for what order, by its sha256."""
 
@@ -5563,6 +5599,11 @@ class Renderer:
             finally:
                 self.turn.release()
 
+    def abandon(self) -> None:
+        """End the process even if someone waits for it, who learns so."""
+        if child := self.child:
+            child.kill()
+
     def end(self) -> None:
         if self.child:
             self.child.kill()
@@ -5623,6 +5664,7 @@ class Painter:
         self.format = self.pygments.formatters.HtmlFormatter(nowrap=True)
         self.parser = markdown_it.MarkdownIt("js-default", {"highlight": self.fenced})
         self.parser.add_render_rule("image", shown_image)
+        self.parser.core.ruler.push("addresses", link_addresses)
         classes = {"span": {"class": {*filter(None, self.pygments.token.STANDARD_TYPES.values())}}}
         self.clean_code = partial(nh3.clean, tags={"span"}, attributes={}, tag_attribute_values=classes)
         self.clean = partial(
@@ -5658,6 +5700,26 @@ class Painter:
                 made = str(self.pygments.highlight(text, lexer, self.format))
                 return made if text.endswith("\n") else made.removesuffix("\n")
         return None
+
+
+def link_addresses(state: Any) -> None:
+    """Make the addresses in the text of Markdown links; its library wants another one for that."""
+    for block in state.tokens:
+        made, depth = list[Any](), 0
+        for token in block.children or ():
+            depth += token.nesting if token.type.startswith("link_") else 0
+            made += linked(token) if token.type == "text" and not depth and "://" in token.content else [token]
+        block.children = made if block.children else block.children
+
+
+def linked(token: Any) -> Iterator[Any]:
+    """Yield the tokens that a text *token* becomes."""
+    for text, is_address in addresses_in(token.content):
+        if is_address:
+            yield type(token)("link_open", "a", 1, attrs={"href": text})
+        yield type(token)("text", "", 0, content=text)
+        if is_address:
+            yield type(token)("link_close", "a", -1)
 
 
 def shown_image(_: Any, tokens: Sequence[Any], place: int, *__: Any) -> str:
@@ -5697,6 +5759,7 @@ class Service:
         self.gate = Gate(keyring, places=max(0, threads - max(2, threads // 4)))
         self.counts = collections.Counter[tuple[str, str, int]]()  # of requests: method, path of the route, status
         self.counting = threading.Lock()
+        self.answered, self.writing = collections.deque[Answered](), threading.Lock()  # for the access log
         self.door, self.last_left = threading.Lock(), 0.0
         self.spool, self.work = Room(SPOOL_BYTES), Room(WORK_BYTES)
         self.doors: list[Door] = []
@@ -5718,6 +5781,16 @@ class Service:
         self.told, self.open, self.listening = Told(store), Open(store), store.clock()
         self.editors = Editors(store, self.open)
         self.opened = store
+
+    def close(self) -> None:
+        """End what goes on beside the requests, and write down what still waits for that."""
+        self.renderer.abandon()
+        self.write_access()
+        if self.opened:
+            self.opened.close()
+            self.account()
+            with contextlib.suppress(OSError):  # the last minute of it may be missing
+                self.save_use()
 
     @property
     def store(self) -> Store:
@@ -5820,11 +5893,21 @@ class Service:
         token, received = request.environ.get("kirosync.token"), max(0, request.content_length)
         self.gate.charge(token, size + received)
         if access.isEnabledFor(logging.INFO) and (token or status != 429):  # a flood is counted, not written down
-            said = {"at": iso(time.time() * 1000), "requestId": bottle.response.get_header("X-Request-Id")}
-            said |= {"by": token.name if token else "", "from": request.environ.get("REMOTE_ADDR", "")}
-            said |= {"method": request.method, "path": request.path[:PATH_CHARACTERS], "status": status, "bytes": size}
-            said |= {"received": received, "ms": round((time.monotonic() - began) * 1000)}
-            access.info(msgspec.json.encode(said).decode())
+            identity, name = bottle.response.get_header("X-Request-Id"), token.name if token else ""
+            asked = request.environ.get("REMOTE_ADDR", ""), request.method, request.path[:PATH_CHARACTERS]
+            took = round((time.monotonic() - began) * 1000)
+            self.answered.append(Answered(time.time() * 1000, identity, name, *asked, status, size, received, took))
+            if len(self.answered) >= ACCESS_LINES:
+                self.write_access(wait=False)
+
+    def write_access(self, wait: bool = True) -> None:
+        """Enter in the access log what was answered since the last time; if others do, that is enough, or *wait*."""
+        if self.writing.acquire(blocking=wait):
+            try:
+                if lines := [self.answered.popleft().line() for _ in range(len(self.answered))]:
+                    access.info(b"\n".join(lines).decode())
+            finally:
+                self.writing.release()
 
     def send(self, pieces: list[bytes], ends: list[int]) -> bytes | Iterator[bytes]:
         """Return what is to be sent of a body in *pieces*: compressed if that is wanted; if it is long, in blocks."""
@@ -6526,6 +6609,7 @@ class Service:
     def keep_account(self) -> None:
         """Account for what changes, as it does, until the store is closed."""
         while not self.store.closing.wait(AUDIT_S):
+            self.write_access()
             self.account()
             self.renderer.rest()
 
@@ -7683,14 +7767,9 @@ def serve(arguments: argparse.Namespace) -> None:
     with contextlib.suppress(SystemExit):
         threading.Thread(target=begin, args=(service, arguments, failed), daemon=True).start()
         server.run()
-    service.renderer.end()
+    service.close()
     if failed:
         sys.exit(NOT_OPENED.format(arguments.state, failed[0]))
-    if service.opened:
-        service.opened.close()
-        service.account()
-        with contextlib.suppress(OSError):  # the last minute of it may be missing
-            service.save_use()
 
 
 def render(_: argparse.Namespace) -> None:
@@ -7717,7 +7796,7 @@ def log_folder(arguments: argparse.Namespace) -> Path:
 
 
 def keep_access_log(folder: Path) -> None:
-    """Enter each request in the file access.log in *folder*, as a line of JSON."""
+    """Enter requests in the file access.log in *folder*, each as a line of JSON, once a second."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     files = logging.handlers.RotatingFileHandler(folder / "access.log", "a", ACCESS_BYTES, ACCESS_FILES, delay=True)
     files.setFormatter(logging.Formatter("%(message)s"))

@@ -236,6 +236,10 @@
   const SLOWEST_UPLOAD = 16 * 1024; // bytes/s: fetch does not tell how far it is
   const LONGEST_PAUSE_S = 3600; // that a service may ask for; a timer of more than 24 days would not wait at all
 
+  /** Return whether it is so for ever, or for this token; a 403 that names no scopes is of something between. */
+  const isFinal = ({ status, text }) =>
+    FINAL.includes(status) || (status === 403 && Array.isArray(told(text).scopes));
+
   /** A service at *url*. Any number of questions may be asked at once. */
   class Service {
     #headers;
@@ -292,7 +296,7 @@
     async ask(method, path, body, options) {
       const answer = await this.request(method, path, body === undefined ? undefined : JSON.stringify(body), options);
       if (answer.status === 404 || answer.status === 409) return null;
-      if (FINAL.includes(answer.status)) throw new Refused(answer.status, told(answer.text));
+      if (isFinal(answer)) throw new Refused(answer.status, told(answer.text));
       if (answer.status !== 200) {
         throw new Unreachable(`${this.url} answered ${answer.status}; is there something between us?`);
       }
@@ -435,8 +439,9 @@
    */
   class Copy {
     #unheard = [];
+    #closed = false;
     #turn = Promise.resolve(); // the last of those that talk to the service one after the other
-    #closing = new AbortController();
+    #waits = new AbortController(); // of what `follow` waits for now; once closed, for nothing
     #refusals = new Map(); // why, by push, for the write that waits to be told
 
     constructor(service, { storage, key = "kirosync", only = "", query = {} } = {}) {
@@ -459,8 +464,9 @@
       this.state = this.outbox.reduce(merge, this.base);
     }
 
+    /** Whether `close` was called. */
     get closed() {
-      return this.#closing.signal.aborted;
+      return this.#closed;
     }
 
     /**
@@ -496,7 +502,7 @@
         return this.cursor;
       });
       const held = cursor && !this.#unheard.length ? wait : 0;
-      const signal = held ? this.#closing.signal : undefined;
+      const signal = held ? this.#waits.signal : undefined;
       const said = await this.service.sync({ ...this.query, since: cursor }, undefined, { wait: held, signal });
       return this.#inTurn(() => {
         // Else a write has been answered meanwhile, with more.
@@ -515,6 +521,7 @@
       let reached = false;
       while (!this.closed) {
         const asked = performance.now();
+        const waits = this.#waits.signal;
         const held = reached ? HELD_S : 0; // who has just come wants to know at once whether it is there
         let change;
         try {
@@ -524,14 +531,15 @@
           reached = true;
         } catch (problem) {
           if (!(problem instanceof Unreachable)) throw problem;
+          const withdrawn = held && waits.aborted; // by who wants to know anew, which is nothing that stands in the way
           reached = false;
-          if (!this.closed) felt(problem);
-          await rest(Math.max(problem.pause, pause * (0.5 + Math.random() / 2)), this.#closing.signal);
-          pause = Math.min(2 * pause, BACK_OFF_S[1]);
+          if (!withdrawn && !this.closed) felt(problem);
+          await rest(Math.max(problem.pause, pause * (0.5 + Math.random() / 2)), waits);
+          pause = waits.aborted ? BACK_OFF_S[0] : Math.min(2 * pause, BACK_OFF_S[1]);
           continue;
         }
         if (!change.empty) await heard(change);
-        else if (held && performance.now() - asked < UNHELD_S * 1000) await rest(UNHELD_S, this.#closing.signal);
+        else if (held && performance.now() - asked < UNHELD_S * 1000) await rest(UNHELD_S, waits);
       }
     }
 
@@ -540,9 +548,20 @@
       return Date.now() + this.ahead;
     }
 
+    /**
+     * Have `follow` ask at once, in place of what it waits for: an answer, or the end of a pause.
+     *
+     * For who has reason to think that the connection has come, or gone: it may take a minute until that is felt.
+     */
+    tryNow() {
+      this.#waits.abort();
+      if (!this.closed) this.#waits = new AbortController();
+    }
+
     /** End `follow`, and the question that it has asked, at once. */
     close() {
-      this.#closing.abort();
+      this.#closed = true;
+      this.#waits.abort();
     }
 
     /** Return what *act* returns, once all are through that came before. */

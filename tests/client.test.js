@@ -4,7 +4,7 @@
 "use strict";
 
 const assert = require("node:assert/strict");
-const { spawn } = require("node:child_process");
+const { spawn, spawnSync } = require("node:child_process");
 const { EventEmitter, on, once } = require("node:events");
 const fs = require("node:fs");
 const http = require("node:http");
@@ -189,6 +189,7 @@ test("what a server answers is what is thrown, and the token is in none of it", 
   const answers = {
     "/401": [401, { error: "Unauthorized" }],
     "/403": [403, "<h1>no</h1>"],
+    "/403/scope": [403, { error: "may not", scopes: ["client"] }],
     "/422": [422, { error: "not so" }],
     "/429": [429, { error: "slowly" }, { "Retry-After": "7" }],
     "/503": [503, { error: "busy" }, { "Retry-After": "soon" }],
@@ -210,6 +211,7 @@ test("what a server answers is what is thrown, and the token is in none of it", 
     });
   assert.equal(await said("/401"), `Unreachable: ${url} does not take the token; is it that service's? 0`);
   assert.equal(await said("/403"), `Unreachable: ${url} answered 403; is there something between us? 0`);
+  assert.equal(await said("/403/scope"), "Refused: may not 403");
   assert.equal(await said("/422"), "Refused: not so 422");
   assert.equal(await said("/429"), `Unreachable: ${url} answered 429: slowly 7`);
   assert.equal(await said("/503"), `Unreachable: ${url} answered 503: busy 0`);
@@ -445,6 +447,56 @@ async function busy(t) {
     }
   };
   return service;
+}
+
+test("tryNow ends the pause between two tries, and follow goes on", async (t) => {
+  const copy = new kirosync.Copy(await busy(t));
+  const following = copy.follow(() => {});
+  for (let tries = 0; tries < 3; tries += 1) {
+    await once(copy.service, "asked");
+    await new Promise(setImmediate); // now it rests for an hour
+    copy.tryNow();
+  }
+  await once(copy.service, "asked");
+  copy.close();
+  await following;
+});
+
+test("tryNow asks anew where an answer is waited for, and says no problem where there is none", async (t) => {
+  const { url } = await start(t, folder(t));
+  const asked = new EventEmitter();
+  const requests = on(asked, "request");
+  const next = async () => (await requests.next()).value[0];
+  const copy = new kirosync.Copy(watched(url, asked));
+  const felt = [];
+  const following = copy.follow(() => {}, (problem) => felt.push(problem));
+  while (!/wait=50/.test(await next()));
+  copy.tryNow();
+  assert.doesNotMatch(await next(), /wait=/, "who asks anew wants to know at once");
+  assert.match(await next(), /wait=50/);
+  assert.deepEqual(felt, [null, null]);
+  copy.close();
+  copy.tryNow();
+  await following;
+  assert.ok(copy.closed);
+});
+
+test("what a token may not is refused, and keeps nothing else back", async (t) => {
+  const state = folder(t);
+  const { url } = await start(t, state);
+  const copy = new kirosync.Copy(new kirosync.Service(url, added(state, "reader", "read")));
+  await assert.rejects(copy.write({ documents: { d: document("x") } }), (problem) => {
+    assert.match(problem.message, /a token of the scope read may not ask this; possible: client/);
+    return problem instanceof kirosync.Refused && problem.status === 403;
+  });
+  assert.deepEqual([copy.outbox, plain(copy.state.documents)], [[], {}]);
+  assert.ok((await copy.sync()).empty);
+});
+
+/** Return a new token for *state*. */
+function added(state, name, scope) {
+  const argv = ["kirosync.py", "token", "add", name, "--scope", scope, "--state", state];
+  return spawnSync(process.env.PYTHON ?? "python3", argv, { cwd: ROOT, encoding: "utf8" }).stdout.trim();
 }
 
 test("many writes at once go one after the other, and none is lost", async (t) => {

@@ -1,6 +1,7 @@
 """Fixtures are nouns: a clock that stands still, a store, a client in-process, a server and an agent for real."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -163,6 +164,24 @@ def start():
     yield start
     for process in started:
         process.end(9)
+
+
+@pytest.fixture
+def copied(tmp_path, start):
+    """Start a service from a folder where there is nothing else but *files*; *limits* are numbers it is to have."""
+
+    def copied(files=(), **limits):
+        folder = tmp_path / "code"
+        folder.mkdir()
+        text = (ROOT / "kirosync.py").read_text()
+        for name, value in limits.items():
+            text, count = re.subn(rf"^{name} = \S+", f"{name} = {value}", text, flags=re.MULTILINE)
+            assert count == 1
+        for name, content in {"kirosync.py": text, **dict(files)}.items():
+            (folder / name).write_bytes(content.encode())
+        return start(Server, tmp_path / "state", tmp_path / "log", program=folder / "kirosync.py")
+
+    return copied
 
 
 @pytest.fixture(params=["folder", "http"])

@@ -97,11 +97,28 @@ def test_no_token_no_content_and_no_environment_is_in_either_log(agent, state):
         assert secret not in text
 
 
+def accessed(state):
+    """The lines of the access log."""
+    file = state / "log" / "access.log"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_the_access_log_is_written_when_there_is_enough_and_at_the_end(copied, state):
+    server = copied(ACCESS_LINES=3, AUDIT_S=600)
+    paths = [f"/command/{number}" for number in range(7)]
+    for path in paths:
+        server.ask("GET", path)
+    until(lambda: len(accessed(state)) == 6)
+    assert server.end() == 0
+    assert [line["path"] for line in accessed(state)] == paths
+    assert [line["at"] for line in accessed(state)] == sorted(line["at"] for line in accessed(state))
+
+
 def test_the_access_log_has_a_line_for_each_request(server, state):
     answer = server.ask("GET", "/commands")
     server.ask("GET", "/nowhere")
     server.ask("POST", "/sync", headers={"Authorization": "Bearer x"}, data="12345")
-    lines = [json.loads(line) for line in (state / "log" / "access.log").read_text().splitlines()]
+    lines = until(lambda: len(found := accessed(state)) >= 3 and found, 5)
     said = [[line[key] for key in ("by", "from", "method", "path", "status", "received")] for line in lines]
     assert said == [
         ["master", "127.0.0.1", "GET", "/commands", 200, 0],
@@ -301,7 +318,8 @@ def test_logs_may_be_elsewhere(state, tmp_path, start):
 def test_a_stranger_cannot_fill_the_access_log(server, state):
     for number in range(30):
         server.ask("GET", "/" + "x" * 5000, headers={"Authorization": f"Bearer {number}"})
-    lines = [json.loads(line) for line in (state / "log" / "access.log").read_text().splitlines()]
+    assert server.end() == 0
+    lines = accessed(state)
     assert len(lines) == kirosync.TRIES
     assert max(len(line["path"]) for line in lines) == kirosync.PATH_CHARACTERS
     assert (state / "log" / "access.log").stat().st_mode & 0o777 == 0o600

@@ -115,7 +115,12 @@ def installed(built, empty):
 
 def test_a_release_is_made_by_pip_with_modes_that_keep_secrets(built):
     python = built.root / "opt/kirosync/current/.venv/bin/python"
-    assert subprocess.run([python, "-c", "import bottle, waitress, boto3"], check=False).returncode == 0
+    assert (
+        subprocess.run(
+            [python, "-c", "import bottle, waitress, boto3, markdown_it, nh3, pygments"], check=False
+        ).returncode
+        == 0
+    )
     modes = {
         "etc/kirosync/agent.token": 0o400,
         "etc/kirosync/kirosync.env": 0o640,
@@ -378,6 +383,8 @@ def test_the_service_makes_no_system_call_that_its_unit_forbids(tmp_path, state,
     server.ask("POST", "/sync", json={"documents": {"a": {"content": "x", "timestamp": 1}}})
     server.ask("POST", "/command", json={"type": "execute_bash", "command": "true"})
     assert server.ask("GET", "/sync?wait=1").status_code == 200
+    shown = server.ask("POST", "/render", json={"texts": [{"text": "```python\nx = 1\n```", "as": "markdown"}]})
+    assert '<span class="n">x</span>' in shown.json()["html"][0]
     assert server.end() == 0
     tracer.wait(10)
     made = set(re.findall(r"^\d+ +(\w+)\(", (tmp_path / "trace").read_text(), re.MULTILINE))

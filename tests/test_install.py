@@ -103,6 +103,26 @@ def test_run_prints_a_line_that_works_and_ctrl_c_ends_everything(checkout, token
     until(lambda: not alive(checkout), 5)
 
 
+def test_run_goes_on_without_what_pip_cannot_get_and_says_so_once(checkout):
+    with (checkout / "requirements-page.txt").open("a") as listed:
+        listed.write("no-such-package-of-kirosync\n")
+    stamp = "".join(path.read_text() for path in sorted(checkout.glob("requirements*.txt")))
+    (checkout / ".venv" / ".has-requirements.txt").write_text(stamp)
+    more, said = {"KIROSYNC_PORT": str(free_port()), "PIP_NO_INDEX": "1"}, [bytearray(), bytearray()]
+    for each in said:
+        process, terminal = at_terminal(["./install.sh", "run"], checkout, **more)
+        try:
+            until(lambda each=each, terminal=terminal: "Ctrl-C ends" in heard(terminal, each), 60)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(15) == 0
+            os.close(terminal)
+    first, second = (each.decode() for each in said)
+    assert "pip could not install requirements-page.txt; see above; text is shown as it is" in first
+    assert "requirements-page.txt" not in second
+    until(lambda: not alive(checkout), 15)
+
+
 @pytest.mark.parametrize("ends", [signal.SIGHUP, signal.SIGTERM, signal.SIGKILL])
 def test_run_leaves_nothing_behind_however_it_ends(checkout, ends):
     process, terminal = at_terminal(["./install.sh", "run"], checkout, KIROSYNC_PORT=str(free_port()))

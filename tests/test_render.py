@@ -15,7 +15,7 @@ import bs4
 import hypothesis.strategies as some
 import pytest
 import webtest
-from conftest import ROOT, TOKEN, Server, until
+from conftest import TOKEN, Server, until
 from hypothesis import given
 
 import kirosync
@@ -44,24 +44,6 @@ def client(service):
 def render(client):
     """What POST /render makes of texts."""
     return lambda *texts: client.post_json("/render", {"texts": texts}).json["html"]
-
-
-@pytest.fixture
-def copied(tmp_path, start):
-    """Start a service from a folder where there is nothing else but *files*; *limits* are numbers it is to have."""
-
-    def copied(files=(), **limits):
-        folder = tmp_path / "code"
-        folder.mkdir()
-        text = (ROOT / "kirosync.py").read_text()
-        for name, value in limits.items():
-            text, count = re.subn(rf"^{name} = \S+", f"{name} = {value}", text, flags=re.MULTILINE)
-            assert count == 1
-        for name, content in {"kirosync.py": text, **dict(files)}.items():
-            (folder / name).write_bytes(content.encode())
-        return start(Server, tmp_path / "state", tmp_path / "log", program=folder / "kirosync.py")
-
-    return copied
 
 
 def children(pid):
@@ -292,6 +274,10 @@ def test_a_link_goes_to_the_web_or_to_a_mailbox_and_an_image_is_a_link(render):
     )
     assert made[2] == f'<p><a href="https://y.example" {link}>badge now</a></p>\n'
     assert "href" not in made[3]
+    text = "see https://x.example/a_b_c?d=1&e=2, [not https://y.example](https://z.example) or `https://code`; ftp://x"
+    shown = render({"text": text, "as": "markdown"})[0]
+    assert f'see <a href="https://x.example/a_b_c?d=1&amp;e=2" {link}>https://x.example/a_b_c?d=1&amp;e=2</a>,' in shown
+    assert re.findall('href="(.*?)"', shown)[1:] == ["https://z.example"]
 
 
 HOSTILE = [
@@ -305,6 +291,7 @@ HOSTILE = [
     "| a |\n|:-:|\n| <b style=x> |\n\n<style>*{display:none}</style>\n\n<a id=x name=y href=https://a.example>z</a>",
     "&lt;script&gt;alert(1)&lt;/script&gt; &#x3c;script&#x3e; \\<script\\> <!-- --><![CDATA[<script>]]><?x?>",
     "<math><mtext><table><mglyph><style><!--</style><img title='--&gt;&lt;img src=1 onerror=alert(1)&gt;'>",
+    'https://a.example/"onmouseover="alert(1) https://a.example/<script>alert(1)</script> http://javascript:alert(1)',
     "[a]: javascript:alert(1)\n[b]: <data:text/html,x> 'x'\n\n[a] [b] [x][a]\n\nx[^1]\n\n[^1]: y",
     "\0\ufffe\u2028\u202e\x1b[31m<script\0>alert(1)</script\0>",
 ]
