@@ -4555,7 +4555,7 @@ class Parameter(NamedTuple):
             value = msgspec.convert(parts, self.kind, strict=False)
             return value if self.most is math.inf else min(value, self.most)
         except (ValueError, UnicodeError):
-            problem = "is required" if not texts else f"must be {self.words.partition(';')[0]}"
+            problem = f"must be {self.words.partition(';')[0]}" if len(texts) == 1 else "must be there, and once"
             raise Malformed(self.name, problem) from None
 
 
@@ -4706,6 +4706,7 @@ TO_RENDER = Body(
 BYTES = Body(bytes, {"output": "hello\n"}, media="application/octet-stream")
 ANNOUNCED = Body(AGENT, {"an agent": {"kind": "agent", "types": ["execute_bash"], "version": "1"}}, own=FOUND_OUT)
 RENEWED = Body(AGENT_PATCH, {"it is there": {}, "it takes less": {"types": ["read_file"]}}, own=FOUND_OUT)
+# What is sent to be executed is checked by execution_of, in words of its own.
 EXECUTED = Body(EXECUTION, {"a command": {"command": "workbench.action.showCommands", "args": []}}, dict)
 ANSWERED = Body(ANSWER, {"yes": {"value": "yes", "type": "confirmation", "executionId": "cmd-1710338480000-xyz789"}})
 

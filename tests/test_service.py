@@ -148,7 +148,7 @@ def test_since_gives_what_changed_and_only_and_status_choose(client):
     nothing = client.get(f"/sync?since={delta['cursor']}").json
     assert nothing["conversations"] == nothing["documents"] == nothing["commands"] == nothing["deleted"] == {}
     assert client.get("/sync?since=elsewhere.7").json["full"] is True
-    for query in ("only=secrets", "status=done", "wait=-1", "wait=x"):
+    for query in ("only=secrets", "status=done", "wait=-1", "wait=x", "wait=1&wait=2"):
         assert refused(client.get(f"/sync?since={cursor}&{query}", status=400), 400)["field"] == query.split("=")[0]
 
 
