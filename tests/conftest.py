@@ -203,6 +203,9 @@ def agent(request, server, state, tmp_path):
 
 SIZES = {"desktop": (1280, 800, "light"), "phone": (360, 740, "dark")}  # width and height in px, and the scheme
 
+ONCE = pytest.mark.parametrize("page", ["desktop"], indirect=True)  # for what is the same at every size
+ON_A_PHONE = pytest.mark.parametrize("page", ["phone"], indirect=True)
+
 
 @pytest.fixture(scope="session")
 def browser():

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from conftest import TOKEN, Server
+from conftest import ON_A_PHONE, ONCE, TOKEN, Server
 from playwright.sync_api import expect
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +50,6 @@ def server_state(server):
     return Path(server.argv[server.argv.index("--state") + 1])
 
 
-ONCE = pytest.mark.parametrize("page", ["desktop"], indirect=True)  # for what is the same at every size
 NOW = 1_795_000_000_000
 
 
@@ -544,7 +543,7 @@ def watched(page):
     return seen
 
 
-@pytest.mark.parametrize("page", ["phone"], indirect=True)  # where there is the least room
+@ON_A_PHONE  # where there is the least room
 def test_nothing_that_others_wrote_runs_and_the_page_stays_usable(page, server):
     seen = watched(page)
     for number, text in enumerate([*ATTACKS, *DEEP]):

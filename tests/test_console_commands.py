@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Process, until
+from conftest import ON_A_PHONE, ONCE, Process, until
 from playwright.sync_api import expect
 
 import kirosync
@@ -40,7 +40,7 @@ def order(server, **said):
 def look(page, kind, identity=None):
     """Go to a view, as by its link, or to one record of it; return what is shown of that."""
     page.evaluate("hash => (location.hash = hash)", f"#/{kind}" + (f"/{identity}" if identity else ""))
-    return page.get_by_role("region", name="Record")
+    return page.locator("#record")
 
 
 def known(server, identity):
@@ -79,6 +79,7 @@ def test_the_queue_is_shown_as_it_changes_what_runs_first(page, server, worker):
     expect(rows).to_contain_text(["exit 3 # badly", "true # well", "sleep 60 # runscancelled"])
 
 
+@ONCE
 def test_commands_are_filtered_by_status_type_outcome_and_words(page, server, worker):
     for each in ({"command": "true # one"}, {"command": "exit 3 # two"}, {"type": "read_file", "path": "/etc/three"}):
         has_ended(server, order(server, **each))
@@ -100,6 +101,7 @@ def test_commands_are_filtered_by_status_type_outcome_and_words(page, server, wo
     expect(page.get_by_text("Nothing says that.")).to_be_visible()
 
 
+@ONCE
 def test_a_row_that_changes_keeps_the_focus(page, server, worker):
     look(page, "commands")
     identity = order(server, command="sleep 60")
@@ -124,6 +126,7 @@ ENDS = {
 }
 
 
+@ONCE
 def test_how_it_ended_is_said_in_words(page, server, worker):
     worker("strict", '[[refuse]]\ncommand = "mkfs"\nreason = "never here"\n')
     for outcome, (said, words) in ENDS.items():
@@ -138,6 +141,7 @@ def test_how_it_ended_is_said_in_words(page, server, worker):
     expect(record).to_contain_text("silent stopped reporting")
 
 
+@ONCE
 def test_what_was_ordered_is_shown_but_no_value_of_the_environment(page, server, worker):
     said = {"command": "echo 1\necho 2", "workingDir": "/tmp", "env": {"KEY": "sesame"}, "timeout": 90}
     record = look(page, "commands", order(server, **said))
@@ -149,6 +153,7 @@ def test_what_was_ordered_is_shown_but_no_value_of_the_environment(page, server,
     expect(record).not_to_contain_text("sesame")
 
 
+@ONCE
 def test_it_is_said_where_no_agent_is_there_that_takes_it(page, server, worker):
     record = look(page, "commands", order(server, command="true", target="laptop"))
     expect(record).to_contain_text("waits for the agent laptop")
@@ -167,12 +172,13 @@ def test_output_streams_as_it_is_printed_stderr_apart(page, server, worker, tmp_
     expect(shown).to_have_text("one\n")
     expect(printed(page, "stderr")).to_have_text("oops\n")
     expect(page.get_by_role("heading", name="stderr")).to_be_visible()
-    expect(page.get_by_role("region", name="Record")).to_contain_text("box is running it")
+    expect(page.locator("#record")).to_contain_text("box is running it")
     gate.touch()
     expect(shown).to_have_text("one\ntwo\n")
-    expect(page.get_by_role("region", name="Record")).to_contain_text("ended well")
+    expect(page.locator("#record")).to_contain_text("ended well")
 
 
+@ONCE
 def test_no_question_for_output_is_left_when_the_record_is(page, server, worker):
     asked = []
     page.on("request", lambda request: "/output?" in request.url and asked.append(request.url))
@@ -185,6 +191,7 @@ def test_no_question_for_output_is_left_when_the_record_is(page, server, worker)
     assert len(asked) == before
 
 
+@ONCE
 def test_colours_are_shown_and_no_escape_is(page, server, worker):
     link = r"\e]8;;http://evil\e\\link\e]8;;\e\\ \e]0;title\a\e[?25l\eP1;2q#sixel\e\\\e(B\e[5;5H."
     shown = bash(server, page, rf"printf '\e[31mred\e[0m \e[1;32mboth\e[m \e[3;4mline\e[23;24mplain {link}\n'")
@@ -197,6 +204,7 @@ def test_colours_are_shown_and_no_escape_is(page, server, worker):
     assert line.evaluate(style, "fontStyle") == "italic"
 
 
+@ONCE
 def test_progress_that_overwrites_itself_looks_right(page, server, worker):
     bar = r"for n in 1 2 3; do printf '\r[%s] %d%%' $n ${n}0; sleep 0.1; done; echo"
     erase = r"printf 'a long line\r\e[Kshort\nabc\b\bX\n12345\e[3D\e[K\nabc\e[1GX\e[2Cd\n\e[31mone\rtwo\e[0m\n'"
@@ -204,6 +212,7 @@ def test_progress_that_overwrites_itself_looks_right(page, server, worker):
     expect(shown).to_have_text("[3] 30%\nshort\naXc\n12\nXbcd\ntwo\n")
 
 
+@ONCE
 def test_what_is_cut_anywhere_between_two_pieces_is_put_together(page, server, worker):
     pieces = [r"\xe2", r"\x82\xac ", r"\x1b", r"[", r"31", r"mred\x1b]0;ti", r"tle\x1b", r"\\ end\n"]
     shown = bash(server, page, "; sleep 0.3; ".join(f"printf '{piece}'" for piece in pieces))
@@ -211,6 +220,7 @@ def test_what_is_cut_anywhere_between_two_pieces_is_put_together(page, server, w
     expect(shown.get_by_text("red end", exact=True)).to_have_class("ink1")
 
 
+@ONCE
 def test_an_escape_without_an_end_hides_nothing_that_comes_later(page, server, worker):
     shown = bash(server, page, r"printf '\e]0;never ended\nnext\n\e[999999999C|\n\e[38;5;999;48;2;1mx\e[38m\e[0my\n'")
     expect(shown).to_contain_text("next\n")
@@ -238,6 +248,7 @@ pre => {
 """
 
 
+@ONCE
 def test_each_colour_can_be_read_in_both_schemes(page, server, worker):
     inks = r"for i in $(seq 0 255); do printf '\e[38;5;%dmi%d\e[0m \e[48;5;%dmp%d\e[0m ' $i $i $i $i; done"
     pairs = r"for i in $(seq 0 7); do printf '\e[3%d;4%dmx\e[0m \e[9%d;44my\e[0m \e[7;3%dmz\e[0m ' $i $i $i $i; done"
@@ -249,12 +260,14 @@ def test_each_colour_can_be_read_in_both_schemes(page, server, worker):
     assert not [each for each in contrasts if each[1] < 4.45]  # rounded to whole parts of 255
 
 
+@ONCE
 def test_hostile_output_is_text(page, server, worker):
     shown = bash(server, page, f"printf '%s\\n' {json.dumps(HOSTILE, ensure_ascii=False)}", metadata={"x": HOSTILE})
     expect(shown).to_have_text("<img src=x onerror=alert(1)><script>alert(2)</script> \u27e8U+202E\u27e9gnp.exe\n")
     assert page.locator("#record :is(img, script)").count() == 0
 
 
+@ONCE
 def test_of_a_long_output_the_end_is_shown_and_all_can_be_saved(page, server, worker, tmp_path):
     shown = bash(server, page, "seq 200000")
     expect(shown).to_contain_text("200000\n", timeout=20_000)
@@ -266,6 +279,7 @@ def test_of_a_long_output_the_end_is_shown_and_all_can_be_saved(page, server, wo
     assert Path(download.value.path()).read_text() == "".join(f"{n}\n" for n in range(1, 200_001))
 
 
+@ONCE
 def test_a_line_without_end_is_shown_in_its_latest_part(page, server, worker):
     shown = bash(server, page, "head -c 700000 /dev/zero | tr '\\0' x; echo; echo after")
     expect(shown).to_contain_text("after\n", timeout=20_000)
@@ -274,6 +288,7 @@ def test_a_line_without_end_is_shown_in_its_latest_part(page, server, worker):
     assert set(text) == set("xafter\n")
 
 
+@ONCE
 def test_the_end_is_followed_unless_someone_has_scrolled_up(page, server, worker, tmp_path):
     gate = tmp_path / "gate"
     shown = bash(server, page, f"seq 500; while [ ! -e {gate} ]; do sleep 0.05; done; seq 501 900; sleep 60")
@@ -289,6 +304,7 @@ def test_the_end_is_followed_unless_someone_has_scrolled_up(page, server, worker
 # Results of other types
 
 
+@ONCE
 def test_results_are_shown_as_what_they_are(page, server, worker, tmp_path):
     (tmp_path / "work").mkdir()
     file = tmp_path / "work" / "a<b>.py"
@@ -309,6 +325,7 @@ def test_results_are_shown_as_what_they_are(page, server, worker, tmp_path):
     assert Path(download.value.path()).read_bytes() == b"\xff\x00"
 
 
+@ONCE
 def test_a_result_of_an_unknown_shape_is_shown_as_json(page, server):
     for kind, result in itertools.product(
         ("list_directory", "code_search", "kiro_command"), ({"entries": 5, "matches": {}}, [1], "text")
@@ -323,6 +340,7 @@ def test_a_result_of_an_unknown_shape_is_shown_as_json(page, server):
 # What can be done about one
 
 
+@ONCE
 def test_a_command_is_cancelled_and_says_how_it_is_being_ended(page, server, worker):
     record = look(page, "commands", order(server, command="trap '' INT; echo up; while :; do sleep 0.1; done"))
     expect(printed(page)).to_have_text("up\n")
@@ -332,6 +350,7 @@ def test_a_command_is_cancelled_and_says_how_it_is_being_ended(page, server, wor
     expect(record).to_contain_text("cancelled after", timeout=20_000)
 
 
+@ONCE
 def test_a_command_is_run_again_as_it_was_ordered(page, server, worker):
     first = order(server, command="echo $GREETING", env={"GREETING": "hi"}, metadata={"why": "test"}, extra="kept")
     has_ended(server, first)
@@ -344,6 +363,7 @@ def test_a_command_is_run_again_as_it_was_ordered(page, server, worker):
     assert {key: second[key] for key in kept} == {key: known(server, first)[key] for key in kept}
 
 
+@ONCE
 def test_a_command_is_deleted_after_a_question(page, server, worker):
     identity = order(server, command="echo gone")
     has_ended(server, identity)
@@ -357,6 +377,7 @@ def test_a_command_is_deleted_after_a_question(page, server, worker):
     assert server.ask("GET", f"/command/{identity}").status_code == 404
 
 
+@ONCE
 def test_a_running_command_reads_what_is_sent_to_it(page, server, worker):
     record = look(page, "commands", order(server, command="cat; echo over", stdin=True))
     field = record.get_by_role("textbox", name="Input")
@@ -371,6 +392,7 @@ def test_a_running_command_reads_what_is_sent_to_it(page, server, worker):
     expect(field).to_be_hidden()
 
 
+@ONCE
 def test_input_that_did_not_arrive_stays_and_is_not_sent_twice(page, server, worker):
     record = look(page, "commands", order(server, command="cat", stdin=True))
     record.get_by_role("textbox", name="Input").fill("once")
@@ -384,6 +406,7 @@ def test_input_that_did_not_arrive_stays_and_is_not_sent_twice(page, server, wor
     assert server.ask("GET", f"/command/{page.url.split('/commands/')[1]}/output?stream=stdin").text == "once\n"
 
 
+@ONCE
 def test_a_terminal_can_be_interrupted(page, server, worker):
     record = look(page, "commands", order(server, command="read -r line", stdin=True, pty=True))
     record.get_by_role("button", name="Ctrl+C").click()
@@ -427,6 +450,7 @@ def test_a_command_is_ordered_by_its_fields(page, server, worker, tmp_path):
     assert "pty" not in record
 
 
+@ONCE
 def test_all_types_are_offered_with_what_they_require(page, server):
     look(page, "commands", "new")
     for kind, (required, _, _) in kirosync.ORDERS.items():
@@ -439,9 +463,10 @@ def test_all_types_are_offered_with_what_they_require(page, server):
     field(page, "choices").fill("red\nblue")
     page.get_by_role("button", name="Run it").click()
     page.get_by_role("button", name="blue").click()
-    expect(page.get_by_role("region", name="Record")).to_contain_text("answered after")
+    expect(page.locator("#record")).to_contain_text("answered after")
 
 
+@ONCE
 def test_an_editors_commands_are_offered(page, server):
     about = {"kind": "ide", "types": ["kiro_command"], "availableCommands": ["workbench.action.files.save"]}
     server.ask("PUT", "/agents/studio", json=about)
@@ -451,6 +476,7 @@ def test_an_editors_commands_are_offered(page, server):
     assert page.get_by_label("command", exact=True).get_attribute("list") == "offer-commands"
 
 
+@ONCE
 def test_a_tap_that_is_repeated_since_no_answer_came_runs_once_and_nothing_typed_is_lost(page, server):
     look(page, "commands", "new")
     page.get_by_role("textbox", name="command").fill("echo once")
@@ -470,6 +496,7 @@ def test_a_tap_that_is_repeated_since_no_answer_came_runs_once_and_nothing_typed
     assert len(server.ask("GET", "/commands").json()["commands"]) == 1
 
 
+@ONCE
 def test_what_the_service_refuses_is_said_at_the_field(page, server):
     look(page, "commands", "new")
     page.get_by_role("combobox", name=re.compile("^type")).select_option("user_input")
@@ -481,6 +508,7 @@ def test_what_the_service_refuses_is_said_at_the_field(page, server):
     expect(field(page, "choices")).to_have_attribute("aria-invalid", "true")
 
 
+@ONCE
 def test_what_a_token_may_not_is_said(page, server, worker, state):
     identity = order(server, command="echo hi")
     has_ended(server, identity)
@@ -538,6 +566,7 @@ def test_each_kind_of_question_is_answered_where_it_is_asked(page, server):
     expect(page).to_have_title("kirosync")
 
 
+@ON_A_PHONE
 def test_a_question_is_announced_and_shown_in_each_view(page, server):
     ask(server, "Deploy?", "confirmation")
     expect(page.locator("[aria-live]").filter(has_text="A question waits for you: Deploy?")).to_have_count(1)
@@ -546,6 +575,7 @@ def test_a_question_is_announced_and_shown_in_each_view(page, server):
         expect(waiting(page).get_by_role("button", name="Yes")).to_be_in_viewport()
 
 
+@ON_A_PHONE
 def test_a_question_can_be_left_unanswered(page, server):
     identity = ask(server, "Deploy?", "confirmation")
     waiting(page).get_by_role("button", name="Refuse to answer").click()
@@ -553,6 +583,7 @@ def test_a_question_can_be_left_unanswered(page, server):
     assert known(server, identity)["outcome"] == "cancelled"
 
 
+@ON_A_PHONE
 def test_a_question_that_is_answered_elsewhere_vanishes_and_what_was_typed_elsewhere_stays(page, server):
     first, second = ask(server, "First?"), ask(server, "Second?")
     typed = page.get_by_role("article", name="Question: Second?").get_by_role("textbox", name="Answer")
@@ -564,6 +595,7 @@ def test_a_question_that_is_answered_elsewhere_vanishes_and_what_was_typed_elsew
     assert known(server, second)["status"] == "pending"
 
 
+@ON_A_PHONE
 def test_an_answer_that_comes_too_late_is_told_so(page, server):
     identity = ask(server, "Deploy?", "confirmation")
     yes = waiting(page).get_by_role("button", name="Yes")
@@ -580,6 +612,7 @@ def test_an_answer_that_comes_too_late_is_told_so(page, server):
     assert known(server, identity)["result"] == {"value": "no"}
 
 
+@ON_A_PHONE
 def test_an_answer_that_cannot_be_sent_is_said_and_not_lost(page, server):
     ask(server, "Why?")
     asked = waiting(page)
@@ -593,15 +626,26 @@ def test_an_answer_that_cannot_be_sent_is_said_and_not_lost(page, server):
     expect(waiting(page)).to_be_hidden()
 
 
+TAP_SOON = """([x, y]) => new MutationObserver((_, observer) => {
+  if (document.querySelectorAll("#questions article").length > 1) return;
+  observer.disconnect();
+  setTimeout(() => {
+    const hit = document.elementFromPoint(x, y);
+    document.body.dataset.tapped = hit.textContent;
+    hit.dispatchEvent(new MouseEvent("click", { bubbles: true, cancelable: true, detail: 1 }));
+  }, 250);
+}).observe(document.getElementById("questions"), { childList: true, subtree: true })"""
+
+
 def test_a_tap_does_not_hit_what_has_just_moved_in_under_it(page, server):
     first, second = ask(server, "First?", "confirmation"), ask(server, "Second?", "confirmation")
     yes = page.get_by_role("article", name="Question: First?").get_by_role("button", name="Yes")
     expect(page.get_by_role("article", name="Question: Second?")).to_be_visible()
     place = yes.bounding_box()
     time.sleep(0.6)
+    page.evaluate(TAP_SOON, [place["x"] + 5, place["y"] + 5])
     page.mouse.click(place["x"] + 5, place["y"] + 5)
-    expect(page.get_by_role("article", name="Question: First?")).to_have_count(0)
-    page.mouse.click(place["x"] + 5, place["y"] + 5)  # where the second one's is now
+    expect(page.locator("body[data-tapped=Yes]")).to_have_count(1)  # where the second one's is now
     time.sleep(0.6)
     assert known(server, first)["result"] == {"value": "yes"}
     assert known(server, second)["status"] == "pending"
@@ -609,6 +653,7 @@ def test_a_tap_does_not_hit_what_has_just_moved_in_under_it(page, server):
     assert has_ended(server, second)["result"] == {"value": "yes"}
 
 
+@ON_A_PHONE
 def test_questions_fold_into_a_line_and_new_ones_come_below(page, server):
     for n in range(6):
         ask(server, f"Question {n}?", "confirmation")
@@ -623,6 +668,7 @@ def test_questions_fold_into_a_line_and_new_ones_come_below(page, server):
     expect(waiting(page).get_by_text("7 questions wait for you")).to_be_visible()
 
 
+@ON_A_PHONE
 def test_a_hostile_question_is_text_and_hides_nothing(page, server):
     ask(server, f"{HOSTILE}\n\x1b[8mhidden", "choice", choices=[HOSTILE, "\u202eon"])
     expect(waiting(page).locator("pre")).to_have_text(
@@ -632,6 +678,7 @@ def test_a_hostile_question_is_text_and_hides_nothing(page, server):
     assert page.locator("#questions :is(img, script)").count() == 0
 
 
+@ON_A_PHONE
 def test_exactly_what_will_run_is_shown_before_a_yes(page, server, worker):
     worker("careful", '[[ask]]\ncommand = "deploy"\nreason = "it deploys"\n')
     identity = order(server, command="echo deploy\necho done # \u202e", target="careful")
@@ -661,7 +708,7 @@ def test_agents_and_editors_are_shown_with_what_they_can_do(page, server, worker
     page.get_by_role("link", name="Agents").click()
     expect(page.get_by_role("link", name="box here agent")).to_be_visible()
     page.get_by_role("link", name="studio here editor").click()
-    record = page.get_by_role("region", name="Record")
+    record = page.locator("#record")
     for words in ("1.2.3", "kiro_command", "/home/me/app"):
         expect(record).to_contain_text(words)
     record.get_by_text("What it can do (400)").click()
@@ -670,10 +717,11 @@ def test_agents_and_editors_are_shown_with_what_they_can_do(page, server, worker
     assert page.locator("main :is(img, script)").count() == 0
 
 
+@ONCE
 def test_who_has_gone_was_last_seen_some_time_ago_and_what_waits_for_it_is_said(page, server, worker):
     box = worker("laptop")
     look(page, "agents", "laptop")
-    record = page.get_by_role("region", name="Record")
+    record = page.locator("#record")
     expect(record).to_contain_text("execute_bash")
     box.end(9)
     identity = order(server, command="echo later", target="laptop")
@@ -686,6 +734,7 @@ def test_who_has_gone_was_last_seen_some_time_ago_and_what_waits_for_it_is_said(
     assert page.url.endswith(identity)
 
 
+@ONCE
 def test_the_state_of_the_service_is_told_while_someone_looks(page, server, state):
     asked = []
     page.on("request", lambda request: request.url.endswith("/health") and asked.append(request.url))
@@ -702,6 +751,7 @@ def test_the_state_of_the_service_is_told_while_someone_looks(page, server, stat
     assert len(asked) == before
 
 
+@ONCE
 def test_a_service_that_is_not_well_says_why(page, server, state):
     old = int(time.time() * 1000) - 120_000
     command = {"type": "execute_bash", "command": "true", "status": "pending", "createdAt": old, "updatedAt": old}
