@@ -559,7 +559,7 @@ def test_nothing_that_others_wrote_runs_and_the_page_stays_usable(page, server):
             page.evaluate("hash => location.hash = hash", address)
             expect(page.get_by_role("heading", level=2).last).to_be_focused()
             rest(page, 0.1)
-            for summary in page.locator("summary").all():
+            for summary in page.locator("#record summary").all():
                 summary.click()
             for name in ("Rendered", "Source", "Changes") if kind == "documents" else ():
                 for button in page.get_by_role("button", name=name, exact=True).all():
