@@ -125,6 +125,7 @@ run_both() {
   echo
   echo "state  $state"
   echo "token  $([ -n "${KIROSYNC_TOKEN:-}" ] && echo "in KIROSYNC_TOKEN" || echo "$state/token")"
+  echo "page   http://$host:$port/"
   echo "docs   http://$host:$port/docs"
   echo "try    curl -s -H \"Authorization: Bearer $secret\" -H 'Content-Type: application/json'" \
     "-d '{\"type\":\"execute_bash\",\"command\":\"uname -a\"}' 'http://$host:$port/command?wait=20'"

@@ -1056,6 +1056,8 @@ def advance(command: Record, patch: Record, now: int) -> Record:
         return command
     if was in ENDED or status not in NEXT[was] | {was}:
         raise Conflict(f"{command['id']} is {was} and cannot become {status}", status=was)
+    if "outcome" in told and status not in ENDED:
+        raise Conflict(f"{command['id']}: an outcome is how it ends; this report leaves it {status}", field="outcome")
     for key in (told.keys() & (command.keys() | SETTLED)) - REPORT.keys():
         if key not in command or command[key] != told[key]:
             raise Conflict(f"{command['id']}: {key} is set when it is queued and stays as it is", field=key)

@@ -304,7 +304,6 @@ def test_the_end_is_followed_unless_someone_has_scrolled_up(page, server, worker
 # Results of other types
 
 
-@ONCE
 def test_results_are_shown_as_what_they_are(page, server, worker, tmp_path):
     (tmp_path / "work").mkdir()
     file = tmp_path / "work" / "a<b>.py"

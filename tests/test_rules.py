@@ -261,6 +261,9 @@ def test_an_outcome_fits_its_status_and_an_order_cannot_be_added_to():
     for patch in ({"status": "failed", "outcome": "ok"}, {"status": "completed", "outcome": "exit"}):
         with pytest.raises(kirosync.Malformed, match="cannot have the outcome"):
             advance(claimed, patch, now=2)
+    for command, patch in ((claimed, {"outcome": "timeout"}), (PENDING, {**CLAIM, "outcome": "ok"})):
+        with pytest.raises(kirosync.Conflict, match="an outcome is how it ends"):
+            advance(command, patch, now=2)
     with pytest.raises(kirosync.Conflict, match="expiresIn is set when it is queued"):
         advance(claimed, {"expiresIn": "soon"}, now=2)
 
