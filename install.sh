@@ -79,7 +79,7 @@ ensure_venv() {
     make_venv "$python" .venv
   fi
   echo "installing what $1 lists into .venv ..."
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1" || ${2:-fail} "pip could not install $1; see above"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1" || ${2:-fail} "pip could not install $1; see above, and remove $stamp to have it tried again"
   cat requirements*.txt > "$stamp"
 }
 

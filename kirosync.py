@@ -661,7 +661,7 @@ ANSWER = shape("Answer", {"value": str | bool, "type": InputType, "executionId":
 # What a file found in the state directory must be.
 FOUND = {
     "conversations": shape("Found", {"messages": MESSAGES}, {}),
-    "documents": shape("Found", {"content": str}, {"timestamp": Time}),
+    "documents": shape("Found", {"content": str}, {"timestamp": Time, "path": str, "language": str}),
     "commands": shape("Found", {"type": Name}, {**ORDER, **REPORT, **TIMES, **MARKS}),
 }
 
@@ -1451,7 +1451,8 @@ def addresses_in(text: str) -> Iterator[tuple[str, bool]]:
 
 
 CURRENT = "current"  # the name of the version of a document that it has now
-Version = Annotated[str, msgspec.Meta(pattern=f"^({CURRENT}|[0-9]{{16}}-[0-9a-f]{{12}})$")]
+REPLACED_AT = "[0-9]{16}-[0-9a-f]{12}"  # its timestamp, and the beginning of its sha256
+Version = Annotated[str, msgspec.Meta(pattern=f"^({CURRENT}|{REPLACED_AT})$")]
 
 
 def check_version(name: str, field: str) -> str:
@@ -1464,7 +1465,7 @@ def check_version(name: str, field: str) -> str:
         ...
     kirosync.Malformed: from: is not the name of a version; GET /document/ID/versions lists them
     """
-    if name != CURRENT and not re.fullmatch(r"[0-9]{16}-[0-9a-f]{12}", name):
+    if name != CURRENT and not re.fullmatch(REPLACED_AT, name):
         raise Malformed(field, "is not the name of a version; GET /document/ID/versions lists them")
     return name
 
@@ -4717,10 +4718,11 @@ ANSWERED = Body(ANSWER, {"yes": {"value": "yes", "type": "confirmation", "execut
 SERVER = shape("Server", {"running": bool, "port": Count, "host": str, "uptime": Seconds}, {})
 QUEUE = shape("Queue", {"pending": Count, "processing": Count, "oldestPendingMs": Time | None}, {})
 SEEN = shape("Seen", {"kind": AgentKind, "present": bool, "lastSeen": Iso}, {})
+ASKER = shape("Asker", {"name": str, "scope": Scope}, {"expiresAt": Time})
 WELL = shape(
     "Health",
     {"status": Literal["healthy", "unhealthy"], "ready": bool, "timestamp": Iso, "server": SERVER},
-    {"problem": str, "queue": QUEUE, "agents": by_id(SEEN)},
+    {"problem": str, "queue": QUEUE, "agents": by_id(SEEN), "token": ASKER},
 )
 STATE = shape(
     "State",
@@ -5550,21 +5552,28 @@ class Renderer:
         known = now - self.slow.get(name, -math.inf) < RENDER_AGAIN_S
         if known or until <= now or not self.turn.acquire(timeout=until - now):
             return None
+        is_there = False
         try:
             if not self.child or self.child.poll() is not None:
                 self.start()
+            is_there = True
             made: str | None = self.ask(order, RENDER_S)
             return made
         except (OSError, msgspec.DecodeError) as problem:
             log.warning("a text is shown as it is: the process that renders it %s", problem)
             self.end()
-            self.slow[name] = time.monotonic()
-            for oldest in [*self.slow][:-RENDERED]:
-                del self.slow[oldest]
+            if is_there:  # else it is not the text's fault
+                self.remember(name)
             return None
         finally:
             self.used = time.monotonic()
             self.turn.release()
+
+    def remember(self, name: str) -> None:
+        """Remember that the text of that *name* was too slow, or too much."""
+        self.slow[name] = time.monotonic()
+        for oldest in [*self.slow][:-RENDERED]:
+            del self.slow[oldest]
 
     def start(self) -> None:
         """Start the process; say what it lacks, if it does, once."""
