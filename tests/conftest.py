@@ -211,7 +211,9 @@ ON_A_PHONE = pytest.mark.parametrize("page", ["phone"], indirect=True)
 def browser():
     """A real Chromium, as the distribution packages it; the one without windows opens a page in a third of the time."""
     names = ("chromium-headless-shell", "chromium")
-    path = next(filter(None, map(shutil.which, names)), None) or pytest.skip("there is no chromium: apt install chromium")
+    path = next(filter(None, map(shutil.which, names)), None) or pytest.skip(
+        "there is no chromium: apt install chromium"
+    )
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"] if os.getuid() == 0 else [])
         yield browser
