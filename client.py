@@ -733,6 +733,7 @@ def agent_row(name: str, agent: Record, now: float) -> list[str]:
 
 CONNECT_S = 10  # for an answer, beyond the time that the service may hold it
 FINAL = (400, 413, 415, 422)  # what is refused so is refused for ever
+LONGEST_PAUSE_S = 3600.0  # that a service may ask for
 UNCONNECTED = (
     urllib3.exceptions.NewConnectionError,
     urllib3.exceptions.ConnectTimeoutError,
@@ -777,7 +778,7 @@ class Service:
         if answer.status == 429 or answer.status >= 500:
             pause = answer.headers.get("Retry-After", "")
             problem = f"{self.url} answered {answer.status}: {said.get('error')}"
-            raise Unreachable(problem, float(pause) if pause.isdecimal() else 0, said)
+            raise Unreachable(problem, min(float(pause), LONGEST_PAUSE_S) if pause.isdecimal() else 0, said)
         return answer
 
     @contextlib.contextmanager

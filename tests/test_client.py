@@ -4,6 +4,7 @@ import json
 import os
 import queue
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -202,6 +203,20 @@ def test_what_could_not_be_merged_never_enters_a_copy(tmp_path, push):
 def test_a_token_that_no_header_can_carry_is_refused_without_being_shown():
     with pytest.raises(ValueError, match="the token has characters that no header can carry"):
         client.Service("http://127.0.0.1:9", "secret\nInjected: yes")
+
+
+def test_no_service_can_have_its_client_wait_for_more_than_an_hour():
+    with socket.create_server(("127.0.0.1", 0)) as there:
+
+        def answer():
+            with there.accept()[0] as asked:
+                asked.recv(1 << 16)
+                asked.sendall(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\nRetry-After: " + b"9" * 400 + b"\r\n\r\n")
+
+        threading.Thread(target=answer).start()
+        with pytest.raises(client.Unreachable, match="answered 503") as problem:
+            client.Service(f"http://127.0.0.1:{there.getsockname()[1]}", TOKEN).sync({})
+    assert problem.value.pause == 3600
 
 
 def test_a_service_that_is_not_there_or_is_none_is_said_without_the_token(tmp_path, server):
