@@ -1321,7 +1321,9 @@ class Session:
         self.apart("cancelled", ask)
 
     def end_unread(self, _: Any) -> None:
-        """Cancel what nobody reads any more."""
+        """Cancel what nobody reads any more; leave it alone where it is not ours."""
+        if not self.cancels:
+            raise Left(141)
         self.gone, self.printing = True, set()
         self.cancel()
 
@@ -1498,7 +1500,7 @@ def logs(desk: Desk) -> int:
     desk.get(at("command", said.id))
     if said.follow:
         session.attend()
-        return 141 if session.gone else 0
+        return 0
     for stream in session.sinks:
         session.print_more(stream, 0, 0)
     return 0

@@ -369,6 +369,16 @@ def test_ctrl_c_leaves_what_one_only_looks_at_alone(agent, shell):
     assert shell("wait", identity).returncode == 0
 
 
+def test_what_one_only_looks_at_goes_on_when_nobody_reads_it_any_more(agent, shell):
+    identity = shell("submit", "execute_bash", "command=for i in $(seq 30); do echo $i; sleep 0.1; done").text.strip()
+    looks = [
+        f'{" ".join(PROGRAM)} {verb} {identity} | head -1; echo "${{PIPESTATUS[0]}}"' for verb in ("wait", "logs -f")
+    ]
+    started = [subprocess.Popen(["bash", "-c", line], env=shell.env, stdout=subprocess.PIPE) for line in looks]
+    assert [process.communicate(timeout=60)[0] for process in started] == [b"1\n141\n"] * 2
+    assert shell("wait", identity).returncode == 0
+
+
 def test_ls_lists_what_there_is(agent, shell):
     shell("run", "--", "true")
     shell("run", "--", "false")
