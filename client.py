@@ -792,13 +792,16 @@ class Service:
             raise Unreachable(f"{self.url}: {reason_of(error)}") from None
 
     def ask(self, method: str, path: str, body: Record | None = None, held: float = 0, **headers: str) -> Record | None:
-        """Return the JSON that was answered, or None for a conflict or what is not there; raise Refused."""
+        """Return the JSON that was answered, or None for a conflict or what is not there.
+
+        Raises Refused, also for what this token may not.
+        """
         answer = self.request(method, path, None if body is None else json.dumps(body).encode(), held, **headers)
-        self.check_permitted(answer)
         if answer.status in (404, 409):
             return None
-        if answer.status in FINAL:
+        if is_final(answer):
             raise Refused(answer.status, told(answer.data))
+        self.check_permitted(answer)
         if answer.status != 200:
             raise Unreachable(f"{self.url} answered {answer.status}; is there something between us?")
         return told(answer.data)
@@ -826,6 +829,11 @@ class Service:
         if not is_answer(said):
             raise Unreachable(f"{self.url} is no kirosync")
         return cast(Record, said)
+
+
+def is_final(answer: Any) -> bool:
+    """Return whether it is so for ever, or for this token; a 403 that names no scopes is of something between."""
+    return answer.status in FINAL or (answer.status == 403 and isinstance(told(answer.data).get("scopes"), list))
 
 
 def reason_of(error: Exception) -> str:
@@ -933,7 +941,7 @@ class Copy:
     def sync(self, wait: float = 0) -> Change:
         """Bring the copy in step, waiting up to *wait* (s) for news; return what has changed since the last call.
 
-        Raises Unreachable.
+        Raises Unreachable, or Refused if the token may not read it.
         """
         with self._lock:
             self._send()
@@ -1112,6 +1120,10 @@ class Line:
                 answer = ask()
                 break
             except Unwelcome:
+                raise
+            except Refused as refusal:
+                if refusal.status == 403:
+                    raise Unwelcome(f"{self.service.url}: {refusal}") from None
                 raise
             except Unreachable as problem:
                 patience = 0 if isinstance(problem, Unconnected) and not tries else FIRST_S

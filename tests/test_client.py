@@ -15,6 +15,7 @@ from hypothesis import given
 from test_rules import MESSAGES
 from vectors import FILE, text
 
+import agent
 import client
 import kirosync
 
@@ -24,6 +25,7 @@ RULES = {
     "applied": client.applied,
     "missing": client.missing,
 }
+ROOT = FILE.parent.parent
 HI = {"role": "user", "content": "hi", "timestamp": 1}
 YO = {"role": "assistant", "content": "yo", "timestamp": 2}
 
@@ -178,6 +180,18 @@ def test_what_the_service_refuses_is_said_and_keeps_nothing_else_back(service, f
     assert change.changed["documents"] == ["d", "f"]
     assert not copy.sync()
     assert copy.state["documents"].keys() == {"d", "f"}
+
+
+def test_what_a_token_may_not_is_refused_and_keeps_nothing_else_back(server, state, tmp_path):
+    command = [sys.executable, "kirosync.py", "token", "add", "reader", "--scope", "read", "--state", str(state)]
+    token = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    copy = client.Copy(client.Service(server.url, token))
+    with pytest.raises(client.Refused, match="a token of the scope read may not ask this; possible: client") as refusal:
+        copy.write({"documents": {"d": document("x")}})
+    assert (refusal.value.status, copy.outbox, copy.state["documents"]) == (403, [], {})
+    assert not copy.sync()
+    with pytest.raises(agent.Unreachable, match="may not"):  # which an agent tries again
+        agent.HttpLink(server.url, token, tmp_path).report("c", {})
 
 
 @pytest.mark.parametrize(

@@ -806,8 +806,10 @@ def token_of(state, scope):
 
 def test_a_scope_that_is_not_enough_is_said(server, shell, state):
     for scope in ("read", "agent"):
-        ran = shell("run", "--", "true", KIROSYNC_TOKEN=token_of(state, scope))
-        assert (ran.returncode, f"scope {scope} may not" in ran.said) == (77, True)
+        token = token_of(state, scope)
+        for words in (["run", "--", "true"], ["chat", "c", "--say", "x"]):
+            ran = shell(*words, KIROSYNC_TOKEN=token)
+            assert (ran.returncode, f"scope {scope} may not" in ran.said) == (77, True)
 
 
 def test_doctor_says_what_is_wrong_and_what_to_do(agent, shell, state):
