@@ -2344,20 +2344,23 @@ class Settings(NamedTuple):
 def settings_of(said: argparse.Namespace) -> Settings:
     """Return what argv says, or the environment, or the file of settings; raise Misused."""
     known = settings_in(path := config_folder() / "config.toml")
-    url = (said.url or os.environ.get("KIROSYNC_URL") or known.get("url") or DEFAULT_URL).rstrip("/")
+    home = (known.get("url") or DEFAULT_URL).rstrip("/")  # nobody else gets the token that stands there
+    url = (said.url or os.environ.get("KIROSYNC_URL") or home).rstrip("/")
     if not re.fullmatch(r"https?://[^/\s@]+(/\S*)?", url):
         raise Misused(f"{plain(url)}: not the URL of a service; write http://HOST:PORT or https://HOST")
     if said.token_file:
         return Settings(url, token_in(Path(said.token_file)), said.token_file)
     if token := os.environ.get("KIROSYNC_TOKEN"):
         return Settings(url, token, "KIROSYNC_TOKEN")
-    if known.get("url", url).rstrip("/") == url and ("token" in known or "token-file" in known):
+    kept = "token" in known or "token-file" in known
+    if kept and url == home:
         token = known.get("token") or token_in(path.parent / Path(known["token-file"]).expanduser())
         return Settings(url, token, str(path))
     beside = Path(__file__).resolve().with_name("state") / "token"
     if url == DEFAULT_URL and os.access(beside, os.R_OK):
         return Settings(url, token_in(beside), str(beside))
-    raise Misused(f"no token for {url}: set KIROSYNC_TOKEN, give --token-file FILE, or write either into {path}")
+    ways = f"set KIROSYNC_TOKEN, give --token-file FILE, or write url, and token or token-file, into {path}"
+    raise Misused(f"no token for {url}: {ways}{f'; what stands there is for {plain(home)} alone' if kept else ''}")
 
 
 def config_folder() -> Path:

@@ -758,6 +758,9 @@ def test_the_settings_are_a_file_for_oneself_alone(server, shell):
     assert shell("ls").returncode == 0
     ran = shell("ls", "--url", "http://127.0.0.1:1")  # whose token it is not
     assert (ran.returncode, "no token for http://127.0.0.1:1" in ran.said) == (2, True)
+    path.write_text(f'token = "{TOKEN}"\n')  # without a url it is for the usual one
+    ran = shell("ls", KIROSYNC_URL=server.url)
+    assert (ran.returncode, f"is for {client.DEFAULT_URL} alone" in ran.said) == (2, True)
     (path.parent / "mine").write_text(f"{TOKEN}\n")
     path.write_text(f'url = "{server.url}/"\ntoken-file = "mine"\n')
     assert shell("ls").returncode == 0
