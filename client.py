@@ -1605,6 +1605,8 @@ ROUNDS = 4  # in which what both sides do meanwhile is followed
 SETTLED_S = 0.3  # a file that was written this moment may be half done
 LOOK_S = 1.0  # between looks at the files
 
+GONE = (FileNotFoundError, NotADirectoryError)  # what is there no more, since this moment even
+
 Stamp = tuple[int, int, int]  # when a file was changed (ns), its size and its inode
 
 
@@ -1703,11 +1705,14 @@ class Folder:
         """Yield the path and the stamp of each file in *root*, which may be one; None for what is no file."""
         top = self.root / root
         if top.is_symlink() or not top.is_dir():
-            if os.path.lexists(top):
+            with contextlib.suppress(*GONE):
                 said = top.lstat()
                 yield root, stamp_of(said) if stat.S_ISREG(said.st_mode) else None
             return
-        for entry in sorted(os.scandir(top), key=lambda entry: entry.name):
+        entries: list[os.DirEntry[str]] = []
+        with contextlib.suppress(*GONE):  # what must not be read is not gone: that is raised
+            entries = sorted(os.scandir(top), key=lambda entry: entry.name)
+        for entry in entries:
             path = f"{root}/{entry.name}" if root else entry.name
             if entry.name.startswith(".") or not covered(path, [path]):
                 continue
@@ -1834,7 +1839,7 @@ class Sync:
         """Leave *path* as it is if something goes wrong with it."""
         try:
             yield
-        except (OSError, ValueError) as problem:
+        except (OSError, ValueError, Refused) as problem:
             self.leave(path, getattr(problem, "strerror", None) or str(problem), wrong)
 
     def leave(self, path: str, why: str, wrong: bool = True) -> None:

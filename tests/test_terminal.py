@@ -625,6 +625,20 @@ def test_a_restored_service_is_no_reason_to_remove_files(server, here):
     assert here.read() == {"a.md": "a"}
 
 
+def test_what_others_did_with_a_document_this_moment_is_left_as_it_is(server, here):
+    here.write("a.md", "a")
+    here.sync()
+    server.ask("DELETE", "/document/a.md")
+    memory = next((here.shell.home / "state/kirosync").glob("sync-*.json"))
+    cursor = server.ask("GET", "/sync?only=documents").json()["cursor"]  # as if that had been asked for before
+    memory.write_text(json.dumps({**json.loads(memory.read_text()), "cursor": cursor}))
+    here.write("a.md", "changed")
+    here.write("c.md", "c")
+    ran = here.sync("--delete", ".", code=1)
+    assert ran.stderr == b"client.py: left: a.md: Document not found\n"
+    assert server.ask("GET", "/sync?only=documents").json()["documents"].keys() == {"c.md"}
+
+
 def test_a_file_that_changes_while_it_is_taken_in_stays_as_it_is(tmp_path):
     folder = client.Folder(tmp_path)
     (tmp_path / "a.md").write_text("looked at")
@@ -636,6 +650,27 @@ def test_a_file_that_changes_while_it_is_taken_in_stays_as_it_is(tmp_path):
     with pytest.raises(ValueError, match="was changed just now"):
         folder.write("a.md", b"theirs", 1, None)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.md", "written since")]
+    os.close(folder.fd)
+
+
+def test_a_folder_that_goes_while_it_is_looked_at_is_gone_and_one_that_is_shut_is_not(tmp_path, monkeypatch):
+    folder, scandir = client.Folder(tmp_path), os.scandir
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b.md").write_text("b")
+
+    def late(top):
+        if top == tmp_path / "a":
+            top.rmdir()
+        return scandir(top)
+
+    def shut(top):
+        raise PermissionError(top)
+
+    monkeypatch.setattr(os, "scandir", late)
+    assert [path for path, _ in folder.find("")] == ["b.md"]
+    monkeypatch.setattr(os, "scandir", shut)
+    with pytest.raises(PermissionError):
+        next(folder.find(""))
     os.close(folder.fd)
 
 
