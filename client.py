@@ -2169,7 +2169,9 @@ def answer(desk: Desk) -> int:
     value = said.value
     if value is None and said.id in waiting:
         screen.write(2, f"{question_of(question)} ".encode("utf-8", "replace"))
-        value = sys.stdin.readline().rstrip("\n")
+        if not (line := sys.stdin.readline()):  # Ctrl-D is not the empty answer, which Enter is
+            raise Misused("nothing was answered")
+        value = line.rstrip("\n")
     order = {"value": value or "", "type": question["type"], "executionId": said.id}
     screen.give(desk.line.call("POST", "/api/kiro/input", order), "answered")
     return 0

@@ -421,6 +421,8 @@ def test_ask_prints_what_a_human_answers_elsewhere(shell):
 def test_ask_to_confirm_is_an_exit_code(shell, said, code):
     asking = shell.start("ask", "Push to main?", "--confirm")
     identity = queued(shell, type="user_input")
+    ran = shell("answer", identity)  # Ctrl-D
+    assert (ran.returncode, ran.said) == (2, "Push to main? (yes, no) client.py: nothing was answered\n")
     ran = shell("answer", identity, stdin=f"{said}\n")  # asked for at the terminal
     assert ran.said == "Push to main? (yes, no) "
     asking.communicate(timeout=10)
