@@ -1921,7 +1921,11 @@ class Sync:
         self.say("removed here", step)
 
     def remove_there(self, step: Step) -> None:
+        """Delete the document, unless somebody has changed it since we were told of it."""
         with contextlib.suppress(Refused):  # it is not there any more
+            content = document_at(self.desk, step.identity)["content"].encode("utf-8", "surrogatepass")
+            if sha256_of(content) != self.memory.base[step.identity]:
+                raise ValueError("was changed in the service just now")
             self.line.call("DELETE", at("document", step.identity))
         self.memory.there.pop(step.identity, None)
         self.memory.base.pop(step.identity, None)

@@ -629,16 +629,20 @@ def test_a_restored_service_is_no_reason_to_remove_files(server, here):
 
 def test_what_others_did_with_a_document_this_moment_is_left_as_it_is(server, here):
     here.write("a.md", "a")
+    here.write("b.md", "b")
     here.sync()
     server.ask("DELETE", "/document/a.md")
+    server.ask("POST", "/sync", json={"documents": {"b.md": {"content": "changed", "timestamp": 4e12}}})
     memory = next((here.shell.home / "state/kirosync").glob("sync-*.json"))
     cursor = server.ask("GET", "/sync?only=documents").json()["cursor"]  # as if that had been asked for before
     memory.write_text(json.dumps({**json.loads(memory.read_text()), "cursor": cursor}))
     here.write("a.md", "changed")
+    (here.path / "b.md").unlink()
     here.write("c.md", "c")
-    ran = here.sync("--delete", ".", code=1)
-    assert ran.stderr == b"client.py: left: a.md: Document not found\n"
-    assert server.ask("GET", "/sync?only=documents").json()["documents"].keys() == {"c.md"}
+    said = here.sync("--delete", ".", code=1).stderr.decode().splitlines()
+    gone, changed = "left: a.md: Document not found", "left: b.md: was changed in the service just now"
+    assert sorted(said) == [f"client.py: {gone}", f"client.py: {changed}"]
+    assert server.ask("GET", "/sync?only=documents").json()["documents"].keys() == {"b.md", "c.md"}
 
 
 def test_a_file_that_changes_while_it_is_taken_in_stays_as_it_is(tmp_path):
