@@ -1089,6 +1089,11 @@ class Screen:
             write_all(fd, text)
 
 
+def harmless(text: str) -> str:
+    """Return *text*, which somebody else wrote, for stdout: as it is, but so that it steers no terminal."""
+    return plain(text, keep="\n\t") if os.isatty(1) else text
+
+
 def colored(fd: int) -> bool:
     return os.isatty(fd) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
@@ -1502,7 +1507,8 @@ def wait(desk: Desk) -> int:
     session.sinks = STREAMS if command["type"] == "execute_bash" and not desk.screen.json else {}
     command = session.attend()
     if not session.sinks and not desk.screen.json:
-        desk.screen.write(1, result_text(command))
+        text = result_text(command).decode("utf-8", "surrogateescape")
+        desk.screen.write(1, harmless(text).encode("utf-8", "surrogateescape"))
     return bid_farewell(desk.screen, command)
 
 
@@ -2122,7 +2128,7 @@ class Talk:
     def text_of(self, message: Record) -> str:
         rest = continued(self.last, message)
         content = message["content"] if rest is None else rest
-        shown = plain(content, keep="\n\t") if os.isatty(1) else content
+        shown = harmless(content)
         if rest is not None:
             return f"{shown}\n" if shown else ""
         head = f"{plain(str(message['role']))}  {moment(message['timestamp'])}"
@@ -2157,7 +2163,7 @@ def ask(desk: Desk) -> int:
     command = session.attend()
     if command["outcome"] != "ok":
         return bid_farewell(desk.screen, command)
-    desk.screen.give(command, str(command["result"]["value"]))
+    desk.screen.give(command, harmless(str(command["result"]["value"])))
     return int(kind == "confirmation" and command["result"]["value"] != "yes")
 
 

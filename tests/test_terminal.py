@@ -474,12 +474,19 @@ def test_what_others_wrote_steers_no_terminal(agent, shell):
     for words in (["ls"], ["ls", "documents"], ["ls", "conversations"], ["ls", "agents"], ["status"], ["answer"]):
         for more in ([], ["--json"]):
             assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", shell(*words, *more).text), words
-    process, terminal = at_terminal([*PROGRAM, "chat", "talk"], shell.home, NO_COLOR="1", **shell.settings)
-    said = bytearray()
-    until(lambda: process.poll() is not None and "b\r\n" in heard(terminal, said))
-    os.close(terminal)
-    assert not re.search(r"[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f\u202e]", said.decode())
-    assert r"\x1b[2J" in said.decode()
+    (shell.home / "evil").write_bytes(text := b"\xff" + f"{EVIL}\nb\n".encode())
+    read = shell("submit", "read_file", f"path={shell.home}/evil").text.strip()
+    assert shell("wait", read).stdout == text
+    for words in (["chat", "talk"], ["wait", read], ["ask", "?"]):
+        process, terminal = at_terminal([*PROGRAM, "--quiet", *words], shell.home, NO_COLOR="1", **shell.settings)
+        if words == ["ask", "?"]:
+            answer = {"value": f"{EVIL}\nb", "type": "text", "executionId": queued(shell, prompt="?")}
+            agent.ask("POST", "/api/kiro/input", json=answer)
+        said = bytearray()
+        until(lambda: process.poll() is not None and "b\r\n" in heard(terminal, said))  # noqa: B023
+        os.close(terminal)
+        assert not re.search(r"[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f\u202e]", said.decode()), words
+        assert r"\x1b[2J" in said.decode(), words
 
 
 def test_colours_are_for_terminals_whose_user_wants_them(agent, shell):
