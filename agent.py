@@ -1753,7 +1753,8 @@ class HttpLink:
         except unreachable as problem:
             raise Unreachable(str(problem)) from None
         except refused as refusal:
-            raise Refused(str(refusal)) from None
+            later = refusal.status == 403  # its scope may be set right, and no report is lost until then
+            raise (Unreachable if later else Refused)(str(refusal)) from None
 
     def request(self, method: str, path: str, body: bytes | None = None, **headers: str) -> Any:
         with self.in_our_words():

@@ -733,6 +733,7 @@ def agent_row(name: str, agent: Record, now: float) -> list[str]:
 
 CONNECT_S = 10  # for an answer, beyond the time that the service may hold it
 FINAL = (400, 413, 415, 422)  # what is refused so is refused for ever
+LONGEST_PAUSE_S = 3600.0  # that a service may ask for
 UNCONNECTED = (
     urllib3.exceptions.NewConnectionError,
     urllib3.exceptions.ConnectTimeoutError,
@@ -777,7 +778,7 @@ class Service:
         if answer.status == 429 or answer.status >= 500:
             pause = answer.headers.get("Retry-After", "")
             problem = f"{self.url} answered {answer.status}: {said.get('error')}"
-            raise Unreachable(problem, float(pause) if pause.isdecimal() else 0, said)
+            raise Unreachable(problem, min(float(pause), LONGEST_PAUSE_S) if pause.isdecimal() else 0, said)
         return answer
 
     @contextlib.contextmanager
@@ -791,13 +792,16 @@ class Service:
             raise Unreachable(f"{self.url}: {reason_of(error)}") from None
 
     def ask(self, method: str, path: str, body: Record | None = None, held: float = 0, **headers: str) -> Record | None:
-        """Return the JSON that was answered, or None for a conflict or what is not there; raise Refused."""
+        """Return the JSON that was answered, or None for a conflict or what is not there.
+
+        Raises Refused, also for what this token may not.
+        """
         answer = self.request(method, path, None if body is None else json.dumps(body).encode(), held, **headers)
-        self.check_permitted(answer)
         if answer.status in (404, 409):
             return None
-        if answer.status in FINAL:
+        if is_final(answer):
             raise Refused(answer.status, told(answer.data))
+        self.check_permitted(answer)
         if answer.status != 200:
             raise Unreachable(f"{self.url} answered {answer.status}; is there something between us?")
         return told(answer.data)
@@ -825,6 +829,11 @@ class Service:
         if not is_answer(said):
             raise Unreachable(f"{self.url} is no kirosync")
         return cast(Record, said)
+
+
+def is_final(answer: Any) -> bool:
+    """Return whether it is so for ever, or for this token; a 403 that names no scopes is of something between."""
+    return answer.status in FINAL or (answer.status == 403 and isinstance(told(answer.data).get("scopes"), list))
 
 
 def reason_of(error: Exception) -> str:
@@ -932,7 +941,7 @@ class Copy:
     def sync(self, wait: float = 0) -> Change:
         """Bring the copy in step, waiting up to *wait* (s) for news; return what has changed since the last call.
 
-        Raises Unreachable.
+        Raises Unreachable, or Refused if the token may not read it.
         """
         with self._lock:
             self._send()
@@ -1080,6 +1089,11 @@ class Screen:
             write_all(fd, text)
 
 
+def harmless(text: str) -> str:
+    """Return *text*, which somebody else wrote, for stdout: as it is, but so that it steers no terminal."""
+    return plain(text, keep="\n\t") if os.isatty(1) else text
+
+
 def colored(fd: int) -> bool:
     return os.isatty(fd) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
@@ -1111,6 +1125,10 @@ class Line:
                 answer = ask()
                 break
             except Unwelcome:
+                raise
+            except Refused as refusal:
+                if refusal.status == 403:
+                    raise Unwelcome(f"{self.service.url}: {refusal}") from None
                 raise
             except Unreachable as problem:
                 patience = 0 if isinstance(problem, Unconnected) and not tries else FIRST_S
@@ -1320,7 +1338,9 @@ class Session:
         self.apart("cancelled", ask)
 
     def end_unread(self, _: Any) -> None:
-        """Cancel what nobody reads any more."""
+        """Cancel what nobody reads any more; leave it alone where it is not ours."""
+        if not self.cancels:
+            raise Left(141)
         self.gone, self.printing = True, set()
         self.cancel()
 
@@ -1487,7 +1507,8 @@ def wait(desk: Desk) -> int:
     session.sinks = STREAMS if command["type"] == "execute_bash" and not desk.screen.json else {}
     command = session.attend()
     if not session.sinks and not desk.screen.json:
-        desk.screen.write(1, result_text(command))
+        text = result_text(command).decode("utf-8", "surrogateescape")
+        desk.screen.write(1, harmless(text).encode("utf-8", "surrogateescape"))
     return bid_farewell(desk.screen, command)
 
 
@@ -1497,7 +1518,7 @@ def logs(desk: Desk) -> int:
     desk.get(at("command", said.id))
     if said.follow:
         session.attend()
-        return 141 if session.gone else 0
+        return 0
     for stream in session.sinks:
         session.print_more(stream, 0, 0)
     return 0
@@ -1589,6 +1610,8 @@ PUSH_BYTES, PUSH_FILES = 4 << 20, 200  # sent at once
 ROUNDS = 4  # in which what both sides do meanwhile is followed
 SETTLED_S = 0.3  # a file that was written this moment may be half done
 LOOK_S = 1.0  # between looks at the files
+
+GONE = (FileNotFoundError, NotADirectoryError)  # what is there no more, since this moment even
 
 Stamp = tuple[int, int, int]  # when a file was changed (ns), its size and its inode
 
@@ -1688,11 +1711,14 @@ class Folder:
         """Yield the path and the stamp of each file in *root*, which may be one; None for what is no file."""
         top = self.root / root
         if top.is_symlink() or not top.is_dir():
-            if os.path.lexists(top):
+            with contextlib.suppress(*GONE):
                 said = top.lstat()
                 yield root, stamp_of(said) if stat.S_ISREG(said.st_mode) else None
             return
-        for entry in sorted(os.scandir(top), key=lambda entry: entry.name):
+        entries: list[os.DirEntry[str]] = []
+        with contextlib.suppress(*GONE):  # what must not be read is not gone: that is raised
+            entries = sorted(os.scandir(top), key=lambda entry: entry.name)
+        for entry in entries:
             path = f"{root}/{entry.name}" if root else entry.name
             if entry.name.startswith(".") or not covered(path, [path]):
                 continue
@@ -1819,7 +1845,7 @@ class Sync:
         """Leave *path* as it is if something goes wrong with it."""
         try:
             yield
-        except (OSError, ValueError) as problem:
+        except (OSError, ValueError, Refused) as problem:
             self.leave(path, getattr(problem, "strerror", None) or str(problem), wrong)
 
     def leave(self, path: str, why: str, wrong: bool = True) -> None:
@@ -1901,7 +1927,11 @@ class Sync:
         self.say("removed here", step)
 
     def remove_there(self, step: Step) -> None:
+        """Delete the document, unless somebody has changed it since we were told of it."""
         with contextlib.suppress(Refused):  # it is not there any more
+            content = document_at(self.desk, step.identity)["content"].encode("utf-8", "surrogatepass")
+            if sha256_of(content) != self.memory.base[step.identity]:
+                raise ValueError("was changed in the service just now")
             self.line.call("DELETE", at("document", step.identity))
         self.memory.there.pop(step.identity, None)
         self.memory.base.pop(step.identity, None)
@@ -2098,7 +2128,7 @@ class Talk:
     def text_of(self, message: Record) -> str:
         rest = continued(self.last, message)
         content = message["content"] if rest is None else rest
-        shown = plain(content, keep="\n\t") if os.isatty(1) else content
+        shown = harmless(content)
         if rest is not None:
             return f"{shown}\n" if shown else ""
         head = f"{plain(str(message['role']))}  {moment(message['timestamp'])}"
@@ -2133,7 +2163,7 @@ def ask(desk: Desk) -> int:
     command = session.attend()
     if command["outcome"] != "ok":
         return bid_farewell(desk.screen, command)
-    desk.screen.give(command, str(command["result"]["value"]))
+    desk.screen.give(command, harmless(str(command["result"]["value"])))
     return int(kind == "confirmation" and command["result"]["value"] != "yes")
 
 
@@ -2149,7 +2179,9 @@ def answer(desk: Desk) -> int:
     value = said.value
     if value is None and said.id in waiting:
         screen.write(2, f"{question_of(question)} ".encode("utf-8", "replace"))
-        value = sys.stdin.readline().rstrip("\n")
+        if not (line := sys.stdin.readline()):  # Ctrl-D is not the empty answer, which Enter is
+            raise Misused("nothing was answered")
+        value = line.rstrip("\n")
     order = {"value": value or "", "type": question["type"], "executionId": said.id}
     screen.give(desk.line.call("POST", "/api/kiro/input", order), "answered")
     return 0
@@ -2329,20 +2361,23 @@ class Settings(NamedTuple):
 def settings_of(said: argparse.Namespace) -> Settings:
     """Return what argv says, or the environment, or the file of settings; raise Misused."""
     known = settings_in(path := config_folder() / "config.toml")
-    url = (said.url or os.environ.get("KIROSYNC_URL") or known.get("url") or DEFAULT_URL).rstrip("/")
+    home = (known.get("url") or DEFAULT_URL).rstrip("/")  # nobody else gets the token that stands there
+    url = (said.url or os.environ.get("KIROSYNC_URL") or home).rstrip("/")
     if not re.fullmatch(r"https?://[^/\s@]+(/\S*)?", url):
         raise Misused(f"{plain(url)}: not the URL of a service; write http://HOST:PORT or https://HOST")
     if said.token_file:
         return Settings(url, token_in(Path(said.token_file)), said.token_file)
     if token := os.environ.get("KIROSYNC_TOKEN"):
         return Settings(url, token, "KIROSYNC_TOKEN")
-    if known.get("url", url).rstrip("/") == url and ("token" in known or "token-file" in known):
+    kept = "token" in known or "token-file" in known
+    if kept and url == home:
         token = known.get("token") or token_in(path.parent / Path(known["token-file"]).expanduser())
         return Settings(url, token, str(path))
     beside = Path(__file__).resolve().with_name("state") / "token"
     if url == DEFAULT_URL and os.access(beside, os.R_OK):
         return Settings(url, token_in(beside), str(beside))
-    raise Misused(f"no token for {url}: set KIROSYNC_TOKEN, give --token-file FILE, or write either into {path}")
+    ways = f"set KIROSYNC_TOKEN, give --token-file FILE, or write url, and token or token-file, into {path}"
+    raise Misused(f"no token for {url}: {ways}{f'; what stands there is for {plain(home)} alone' if kept else ''}")
 
 
 def config_folder() -> Path:

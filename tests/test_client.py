@@ -4,6 +4,7 @@ import json
 import os
 import queue
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from hypothesis import given
 from test_rules import MESSAGES
 from vectors import FILE, text
 
+import agent
 import client
 import kirosync
 
@@ -23,6 +25,7 @@ RULES = {
     "applied": client.applied,
     "missing": client.missing,
 }
+ROOT = FILE.parent.parent
 HI = {"role": "user", "content": "hi", "timestamp": 1}
 YO = {"role": "assistant", "content": "yo", "timestamp": 2}
 
@@ -179,6 +182,18 @@ def test_what_the_service_refuses_is_said_and_keeps_nothing_else_back(service, f
     assert copy.state["documents"].keys() == {"d", "f"}
 
 
+def test_what_a_token_may_not_is_refused_and_keeps_nothing_else_back(server, state, tmp_path):
+    command = [sys.executable, "kirosync.py", "token", "add", "reader", "--scope", "read", "--state", str(state)]
+    token = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    copy = client.Copy(client.Service(server.url, token))
+    with pytest.raises(client.Refused, match="a token of the scope read may not ask this; possible: client") as refusal:
+        copy.write({"documents": {"d": document("x")}})
+    assert (refusal.value.status, copy.outbox, copy.state["documents"]) == (403, [], {})
+    assert not copy.sync()
+    with pytest.raises(agent.Unreachable, match="may not"):  # which an agent tries again
+        agent.HttpLink(server.url, token, tmp_path).report("c", {})
+
+
 @pytest.mark.parametrize(
     "push",
     [
@@ -202,6 +217,20 @@ def test_what_could_not_be_merged_never_enters_a_copy(tmp_path, push):
 def test_a_token_that_no_header_can_carry_is_refused_without_being_shown():
     with pytest.raises(ValueError, match="the token has characters that no header can carry"):
         client.Service("http://127.0.0.1:9", "secret\nInjected: yes")
+
+
+def test_no_service_can_have_its_client_wait_for_more_than_an_hour():
+    with socket.create_server(("127.0.0.1", 0)) as there:
+
+        def answer():
+            with there.accept()[0] as asked:
+                asked.recv(1 << 16)
+                asked.sendall(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\nRetry-After: " + b"9" * 400 + b"\r\n\r\n")
+
+        threading.Thread(target=answer).start()
+        with pytest.raises(client.Unreachable, match="answered 503") as problem:
+            client.Service(f"http://127.0.0.1:{there.getsockname()[1]}", TOKEN).sync({})
+    assert problem.value.pause == 3600
 
 
 def test_a_service_that_is_not_there_or_is_none_is_said_without_the_token(tmp_path, server):

@@ -369,6 +369,16 @@ def test_ctrl_c_leaves_what_one_only_looks_at_alone(agent, shell):
     assert shell("wait", identity).returncode == 0
 
 
+def test_what_one_only_looks_at_goes_on_when_nobody_reads_it_any_more(agent, shell):
+    identity = shell("submit", "execute_bash", "command=for i in $(seq 30); do echo $i; sleep 0.1; done").text.strip()
+    looks = [
+        f'{" ".join(PROGRAM)} {verb} {identity} | head -1; echo "${{PIPESTATUS[0]}}"' for verb in ("wait", "logs -f")
+    ]
+    started = [subprocess.Popen(["bash", "-c", line], env=shell.env, stdout=subprocess.PIPE) for line in looks]
+    assert [process.communicate(timeout=60)[0] for process in started] == [b"1\n141\n"] * 2
+    assert shell("wait", identity).returncode == 0
+
+
 def test_ls_lists_what_there_is(agent, shell):
     shell("run", "--", "true")
     shell("run", "--", "false")
@@ -411,6 +421,8 @@ def test_ask_prints_what_a_human_answers_elsewhere(shell):
 def test_ask_to_confirm_is_an_exit_code(shell, said, code):
     asking = shell.start("ask", "Push to main?", "--confirm")
     identity = queued(shell, type="user_input")
+    ran = shell("answer", identity)  # Ctrl-D
+    assert (ran.returncode, ran.said) == (2, "Push to main? (yes, no) client.py: nothing was answered\n")
     ran = shell("answer", identity, stdin=f"{said}\n")  # asked for at the terminal
     assert ran.said == "Push to main? (yes, no) "
     asking.communicate(timeout=10)
@@ -462,12 +474,19 @@ def test_what_others_wrote_steers_no_terminal(agent, shell):
     for words in (["ls"], ["ls", "documents"], ["ls", "conversations"], ["ls", "agents"], ["status"], ["answer"]):
         for more in ([], ["--json"]):
             assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", shell(*words, *more).text), words
-    process, terminal = at_terminal([*PROGRAM, "chat", "talk"], shell.home, NO_COLOR="1", **shell.settings)
-    said = bytearray()
-    until(lambda: process.poll() is not None and "b\r\n" in heard(terminal, said))
-    os.close(terminal)
-    assert not re.search(r"[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f\u202e]", said.decode())
-    assert r"\x1b[2J" in said.decode()
+    (shell.home / "evil").write_bytes(text := b"\xff" + f"{EVIL}\nb\n".encode())
+    read = shell("submit", "read_file", f"path={shell.home}/evil").text.strip()
+    assert shell("wait", read).stdout == text
+    for words in (["chat", "talk"], ["wait", read], ["ask", "?"]):
+        process, terminal = at_terminal([*PROGRAM, "--quiet", *words], shell.home, NO_COLOR="1", **shell.settings)
+        if words == ["ask", "?"]:
+            answer = {"value": f"{EVIL}\nb", "type": "text", "executionId": queued(shell, prompt="?")}
+            agent.ask("POST", "/api/kiro/input", json=answer)
+        said = bytearray()
+        until(lambda: process.poll() is not None and "b\r\n" in heard(terminal, said))  # noqa: B023
+        os.close(terminal)
+        assert not re.search(r"[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f\u202e]", said.decode()), words
+        assert r"\x1b[2J" in said.decode(), words
 
 
 def test_colours_are_for_terminals_whose_user_wants_them(agent, shell):
@@ -615,6 +634,24 @@ def test_a_restored_service_is_no_reason_to_remove_files(server, here):
     assert here.read() == {"a.md": "a"}
 
 
+def test_what_others_did_with_a_document_this_moment_is_left_as_it_is(server, here):
+    here.write("a.md", "a")
+    here.write("b.md", "b")
+    here.sync()
+    server.ask("DELETE", "/document/a.md")
+    server.ask("POST", "/sync", json={"documents": {"b.md": {"content": "changed", "timestamp": 4e12}}})
+    memory = next((here.shell.home / "state/kirosync").glob("sync-*.json"))
+    cursor = server.ask("GET", "/sync?only=documents").json()["cursor"]  # as if that had been asked for before
+    memory.write_text(json.dumps({**json.loads(memory.read_text()), "cursor": cursor}))
+    here.write("a.md", "changed")
+    (here.path / "b.md").unlink()
+    here.write("c.md", "c")
+    said = here.sync("--delete", ".", code=1).stderr.decode().splitlines()
+    gone, changed = "left: a.md: Document not found", "left: b.md: was changed in the service just now"
+    assert sorted(said) == [f"client.py: {gone}", f"client.py: {changed}"]
+    assert server.ask("GET", "/sync?only=documents").json()["documents"].keys() == {"b.md", "c.md"}
+
+
 def test_a_file_that_changes_while_it_is_taken_in_stays_as_it_is(tmp_path):
     folder = client.Folder(tmp_path)
     (tmp_path / "a.md").write_text("looked at")
@@ -626,6 +663,27 @@ def test_a_file_that_changes_while_it_is_taken_in_stays_as_it_is(tmp_path):
     with pytest.raises(ValueError, match="was changed just now"):
         folder.write("a.md", b"theirs", 1, None)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.md", "written since")]
+    os.close(folder.fd)
+
+
+def test_a_folder_that_goes_while_it_is_looked_at_is_gone_and_one_that_is_shut_is_not(tmp_path, monkeypatch):
+    folder, scandir = client.Folder(tmp_path), os.scandir
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b.md").write_text("b")
+
+    def late(top):
+        if top == tmp_path / "a":
+            top.rmdir()
+        return scandir(top)
+
+    def shut(top):
+        raise PermissionError(top)
+
+    monkeypatch.setattr(os, "scandir", late)
+    assert [path for path, _ in folder.find("")] == ["b.md"]
+    monkeypatch.setattr(os, "scandir", shut)
+    with pytest.raises(PermissionError):
+        next(folder.find(""))
     os.close(folder.fd)
 
 
@@ -748,6 +806,9 @@ def test_the_settings_are_a_file_for_oneself_alone(server, shell):
     assert shell("ls").returncode == 0
     ran = shell("ls", "--url", "http://127.0.0.1:1")  # whose token it is not
     assert (ran.returncode, "no token for http://127.0.0.1:1" in ran.said) == (2, True)
+    path.write_text(f'token = "{TOKEN}"\n')  # without a url it is for the usual one
+    ran = shell("ls", KIROSYNC_URL=server.url)
+    assert (ran.returncode, f"is for {client.DEFAULT_URL} alone" in ran.said) == (2, True)
     (path.parent / "mine").write_text(f"{TOKEN}\n")
     path.write_text(f'url = "{server.url}/"\ntoken-file = "mine"\n')
     assert shell("ls").returncode == 0
@@ -796,8 +857,10 @@ def token_of(state, scope):
 
 def test_a_scope_that_is_not_enough_is_said(server, shell, state):
     for scope in ("read", "agent"):
-        ran = shell("run", "--", "true", KIROSYNC_TOKEN=token_of(state, scope))
-        assert (ran.returncode, f"scope {scope} may not" in ran.said) == (77, True)
+        token = token_of(state, scope)
+        for words in (["run", "--", "true"], ["chat", "c", "--say", "x"]):
+            ran = shell(*words, KIROSYNC_TOKEN=token)
+            assert (ran.returncode, f"scope {scope} may not" in ran.said) == (77, True)
 
 
 def test_doctor_says_what_is_wrong_and_what_to_do(agent, shell, state):
