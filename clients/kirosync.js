@@ -416,16 +416,16 @@
     );
   };
 
-  /** Resolve after so many *seconds*, or as soon as *signal* is aborted. */
+  /** Resolve after so many *seconds*, or as soon as *signal*, if there is one, is aborted. */
   const rest = (seconds, signal) =>
     new Promise((resolve) => {
       const over = () => {
         clearTimeout(timer);
-        signal.removeEventListener("abort", over);
+        signal?.removeEventListener("abort", over);
         resolve();
       };
-      const timer = setTimeout(over, signal.aborted ? 0 : seconds * 1000);
-      signal.addEventListener("abort", over);
+      const timer = setTimeout(over, signal?.aborted ? 0 : seconds * 1000);
+      signal?.addEventListener("abort", over);
     });
 
   /**
@@ -624,7 +624,7 @@
   }
 
   const rules = { canonical, mergeMessages, joinDocuments, merge, applied, missing };
-  const kirosync = { Unreachable, Refused, ...rules, Service, Copy };
+  const kirosync = { Unreachable, Refused, ...rules, Service, Copy, rest, isText, isObject };
   if (typeof module === "object" && module.exports) module.exports = kirosync;
   else globalThis.kirosync = kirosync;
 })();

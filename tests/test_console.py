@@ -369,8 +369,25 @@ def test_a_token_that_is_revoked_is_asked_for_again(page, server, state):
     subprocess.run(argv, check=True, capture_output=True)
     expect(page.get_by_role("dialog")).to_contain_text("The service does not take this token.")
     expect(page.get_by_text("message 0")).to_have_count(0)
+    for _ in range(3):
+        page.keyboard.press("Escape")
+        rest(page, 0.1)
+    expect(page.get_by_role("dialog")).to_contain_text("The service does not take this token.")
     enter(page, TOKEN)
     expect(page.get_by_role("link", name="message 0")).to_be_visible()
+
+
+@ONCE
+def test_who_forgets_the_token_leaves_nothing_but_what_is_to_be_sent(page, server):
+    drafts = {"kirosync.order": "{}", "kirosync.keys": "[]", "kirosync.draft c": '"secret"', "kirosync.unsent": "null"}
+    page.evaluate("drafts => Object.assign(sessionStorage, drafts)", drafts)
+    page.get_by_role("button", name="Forget the token").click()
+    assert page.evaluate("Object.keys(sessionStorage)") == ["kirosync.unsent"]
+    page.evaluate("sessionStorage.setItem('kirosync.token', '\u20ac')")  # as the page of the documentation may
+    page.reload()
+    expect(page.get_by_role("dialog").get_by_role("alert")).to_have_text("no header can carry this token")
+    enter(page, TOKEN)
+    expect(page.get_by_role("status").first).to_have_text("in step")
 
 
 @ONCE
@@ -459,12 +476,18 @@ def test_a_document_in_markdown_is_rendered_and_its_source_one_tap_away(page, se
 def test_a_document_is_live_and_its_versions_and_what_changed_are_shown(page, server):
     first, second, third = (f"one\n{word}\nthree\n" for word in ("alpha", "beta", "gamma"))
     push(server, documents={"d": document(first, path="d.txt")})
+    compared = []
+    page.on("request", lambda request: compared.append(request.url) if "/diff?" in request.url else None)
     show(page, "documents", "d")
     code = page.get_by_role("group", name="Content").locator("code")
     expect(code).to_have_text(first)
     page.get_by_role("button", name="Changes").click()
     expect(page.get_by_text("There is no other version")).to_be_visible()
+    page.get_by_role("button", name="Source").click()
     push(server, documents={"d": document(second, 1000, path="d.txt")})
+    expect(page.get_by_role("combobox", name="Version")).to_be_visible()
+    assert not compared, "nobody has asked what has changed"
+    page.get_by_role("button", name="Changes").click()
     changes = page.get_by_role("group", name="Changes")
     expect(changes.get_by_role("deletion")).to_have_text("-alpha")
     expect(changes.get_by_role("insertion")).to_have_text("+beta")

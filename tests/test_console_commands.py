@@ -279,6 +279,36 @@ def test_of_a_long_output_the_end_is_shown_and_all_can_be_saved(page, server, wo
     assert Path(download.value.path()).read_text() == "".join(f"{n}\n" for n in range(1, 200_001))
 
 
+def told(server, **result):
+    """Bring in a command that has ended elsewhere, with this result."""
+    now = int(time.time() * 1000)
+    command = {"type": "execute_bash", "command": "true", "createdAt": now, "updatedAt": now, "endedAt": now}
+    command |= {"status": "completed", "outcome": "ok", "result": result}
+    answer = server.ask("POST", "/sync", json={"commands": {"told": command}})
+    assert answer.status_code == 200, answer.text
+    return "told"
+
+
+@ONCE
+def test_of_more_than_is_kept_it_is_said_and_the_end_is_shown(page, server):
+    record = look(page, "commands", told(server, stdout="first\n...\nlast\n", size={"stdout": 70 << 20}))
+    stdout = page.get_by_role("region", name="Printed to stdout")
+    expect(stdout.get_by_text("It printed more than is kept")).to_be_visible()
+    record.get_by_text("More was printed to stdout than is kept: its end").click()
+    expect(record.get_by_role("group", name="The end of stdout")).to_have_text("first\n...\nlast\n")
+
+
+@ONCE
+def test_output_that_is_refused_is_said_and_not_asked_for_again(page, server):
+    asked = []
+    page.route("**/output?*", lambda route: (asked.append(route), route.fulfill(status=403, body="<p>no</p>")))
+    look(page, "commands", told(server, stdout="x"))
+    said = page.get_by_role("alert").filter(has_text="No more of it can be shown")
+    expect(said).to_have_count(2)
+    page.wait_for_timeout(500)
+    assert len(asked) == 2
+
+
 @ONCE
 def test_a_line_without_end_is_shown_in_its_latest_part(page, server, worker):
     shown = bash(server, page, "head -c 700000 /dev/zero | tr '\\0' x; echo; echo after")
@@ -314,7 +344,9 @@ def test_results_are_shown_as_what_they_are(page, server, worker, tmp_path):
     expect(record.get_by_role("columnheader", name="modified")).to_be_visible()
     record = look(page, "commands", order(server, type="code_search", query="needle", path=str(file.parent)))
     expect(record.get_by_role("listitem").filter(has_text="a<b>.py:2")).to_contain_text("needle = 2")
+    file.write_text("x = 1\nneedle = 2 # \u202e\n")
     record = look(page, "commands", order(server, type="read_file", path=str(file)))
+    expect(record.get_by_role("group", name="Content").locator(".c1")).to_have_text("# \u27e8U+202E\u27e9")
     expect(record.get_by_role("group", name="Content")).to_contain_text("x = 1\nneedle = 2")
     binary = order(server, type="execute_bash", command=f"printf '\\xff\\x00' > '{file}.bin'")
     has_ended(server, binary)
@@ -683,8 +715,7 @@ def test_exactly_what_will_run_is_shown_before_a_yes(page, server, worker):
     identity = order(server, command="echo deploy\necho done # \u202e", target="careful")
     asked = waiting(page).get_by_role("article")
     expect(asked).to_contain_text("May careful run this? It asks because: it deploys")
-    expect(asked).to_contain_text('"command": "echo deploy\\necho done')
-    expect(asked).to_contain_text("echo deploy\necho done # \u27e8U+202E\u27e9")
+    expect(asked).to_contain_text('"command": "echo deploy\\necho done # \\u202e"')
     question = next(each for each in server.ask("GET", "/api/kiro/status").json()["pendingInputs"])
     expect(asked).to_contain_text(question["metadata"]["sha256"])
     expect(asked.get_by_text("Asked by the agent careful")).to_be_visible()
@@ -756,8 +787,10 @@ def test_a_service_that_is_not_well_says_why(page, server, state):
     command = {"type": "execute_bash", "command": "true", "status": "pending", "createdAt": old, "updatedAt": old}
     server.ask("POST", "/sync", json={"commands": {"c1": command}})
     assert server.ask("GET", "/health").status_code == 503
+    page.route("**/health", lambda route: route.fulfill(status=429, json={"error": "too many"}), times=1)
     look(page, "agents")
     said = page.get_by_role("region", name="The service")
+    expect(said).to_contain_text("GET /health was answered with 429: too many")
     expect(said).to_contain_text("unhealthy nobody takes commands: 1 wait for agents that are not there")
 
 
