@@ -5521,6 +5521,32 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 # of its process from running, for as long as a hostile text likes.
 
 
+class Turn:
+    """A lock that those who wait for it get in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.queue, self.guard = collections.deque[threading.Event](), threading.Lock()
+
+    def acquire(self, until: float) -> bool:
+        """Return whether it was ours before the moment *until* (s, monotonic); at once if nobody has it."""
+        mine = threading.Event()
+        with self.guard:
+            self.queue.append(mine)
+            if self.queue[0] is mine:
+                return True
+        mine.wait(max(0, until - time.monotonic()))
+        with self.guard:
+            if not mine.is_set():
+                self.queue.remove(mine)
+            return mine.is_set()
+
+    def release(self) -> None:
+        with self.guard:
+            self.queue.popleft()
+            if self.queue:
+                self.queue[0].set()
+
+
 class Renderer:
     """A process that makes what is shown of a text: without secrets, with little memory and little time.
 
@@ -5532,48 +5558,64 @@ class Renderer:
     environment = {"PATH": os.defpath, "LANG": "C.UTF-8"}
 
     def __init__(self) -> None:
-        self.turn, self.used, self.told = threading.Lock(), 0.0, ""
+        self.turn, self.used, self.told = Turn(), 0.0, ""
+        self.turns = collections.defaultdict[str, Turn](Turn)  # of each who asks
         self.child: subprocess.Popen[bytes] | None = None
+        self.complained = -math.inf  # when, s
         self.slow: dict[str, float] = {}  # the sha256 of what was too slow, and when that was, s
 
-    def make_all(self, orders: Iterable[Record | None], until: float) -> list[str | None]:
-        """Return what becomes of each of *orders* before the moment *until* (s, monotonic); None where nothing does."""
+    def make_all(self, asker: str, orders: Sequence[Record | None], until: float) -> list[str | None]:
+        """Return what becomes of each of *orders* before the moment *until* (s, monotonic); None where nothing does.
+
+        Of one *asker* a list is made at a time, and between two of its texts others have theirs made.
+        """
+        if not self.turns[asker].acquire(until):
+            return [None for _ in orders]
         made, left = list[str | None](), HTML_BYTES
-        for order in orders:
-            text = self.make(msgspec.json.encode(order) + b"\n", until) if order else None
-            size = len((text or "").encode())
-            made.append(text if size <= left else None)
-            left -= min(size, left)
+        try:
+            for order in orders:
+                text = self.make(msgspec.json.encode(order) + b"\n", until) if order else None
+                size = len((text or "").encode())
+                made.append(text if size <= left else None)
+                left -= min(size, left)
+        finally:
+            self.turns[asker].release()
         return made
 
     def make(self, order: bytes, until: float) -> str | None:
         """Return what becomes of one *order*, a line; None if that is nothing, or others keep it waiting too long."""
         name, now = digest(order), time.monotonic()
         known = now - self.slow.get(name, -math.inf) < RENDER_AGAIN_S
-        if known or until <= now or not self.turn.acquire(timeout=until - now):
+        if known or until <= now or not self.turn.acquire(until):
             return None
-        is_there = False
         try:
             if not self.child or self.child.poll() is not None:
                 self.start()
-            is_there = True
-            made: str | None = self.ask(order, RENDER_S)
-            return made
+            return self.asked(name, order)
         except (OSError, msgspec.DecodeError) as problem:
-            log.warning("a text is shown as it is: the process that renders it %s", problem)
+            self.complain(problem)
             self.end()
-            if is_there:  # else it is not the text's fault
-                self.remember(name)
             return None
         finally:
             self.used = time.monotonic()
             self.turn.release()
 
-    def remember(self, name: str) -> None:
-        """Remember that the text of that *name* was too slow, or too much."""
-        self.slow[name] = time.monotonic()
-        for oldest in [*self.slow][:-RENDERED]:
-            del self.slow[oldest]
+    def asked(self, name: str, order: bytes) -> str | None:
+        """Return what the process makes of *order*; what ends it, or is too slow, is remembered by its *name*."""
+        try:
+            made: str | None = self.ask(order, RENDER_S)
+            return made
+        except (OSError, msgspec.DecodeError):
+            self.slow[name] = time.monotonic()
+            for oldest in [*self.slow][:-RENDERED]:
+                del self.slow[oldest]
+            raise
+
+    def complain(self, problem: Exception) -> None:
+        """Say what went wrong, once a minute: who sends hostile texts is not to fill the log."""
+        if time.monotonic() - self.complained > RENDER_IDLE_S:
+            self.complained = time.monotonic()
+            log.warning("a text is shown as it is: the process that renders it %s", problem)
 
     def start(self) -> None:
         """Start the process; say what it lacks, if it does, once."""
@@ -5609,7 +5651,7 @@ class Renderer:
 
     def rest(self) -> None:
         """End the process if it has had nothing to do for a while."""
-        if self.child and time.monotonic() - self.used > RENDER_IDLE_S and self.turn.acquire(blocking=False):
+        if self.child and time.monotonic() - self.used > RENDER_IDLE_S and self.turn.acquire(0):
             try:
                 self.end()
             finally:
@@ -5634,7 +5676,7 @@ def answer_renderer(orders: IO[bytes], answers: IO[bytes]) -> None:
 
     Before it reads anything it gives up all but what that takes.
     """
-    works: dict[str, Callable[[Record], str]] = {"diff": lambda order: fine_diff(*order["texts"])}
+    works: dict[str, Callable[[Record], str | None]] = {"diff": lambda order: fine_diff(*order["texts"])}
     try:
         painter, lacks = Painter(), ""
         works |= {"markdown": painter.markdown, "code": painter.code}
@@ -5650,7 +5692,7 @@ def answer_renderer(orders: IO[bytes], answers: IO[bytes]) -> None:
         signal.alarm(0)
 
 
-def outcome_of(works: dict[str, Callable[[Record], str]], order: Record) -> str | None:
+def outcome_of(works: dict[str, Callable[[Record], str | None]], order: Record) -> str | None:
     """Return what the work that *order* names makes of it; None if there is none, or that cannot be shown."""
     work = works.get(order["as"])
     try:
@@ -5662,13 +5704,15 @@ def outcome_of(works: dict[str, Callable[[Record], str]], order: Record) -> str 
 
 def confine() -> None:
     """Leave this process the memory and the rights that rendering takes."""
-    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0)
+    for option, value in ((PR_SET_DUMPABLE, 0), (PR_SET_NO_NEW_PRIVS, 1)):
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
     limits = {resource.RLIMIT_AS: RENDER_MEMORY, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0}
+    limits |= {resource.RLIMIT_NPROC: 0}  # which root does not heed
     for limit, value in limits.items():
         resource.setrlimit(limit, (value, value))
 
 
-PR_SET_DUMPABLE = 4  # prctl(2)
+PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 4, 38  # prctl(2)
 LIBRARIES = ("markdown_it", "nh3", "pygments", "pygments.formatters", "pygments.lexers", "pygments.util")
 
 
@@ -5690,8 +5734,11 @@ class Painter:
             **{"set_tag_attribute_values": {"a": {"target": "_blank"}}, "link_rel": "noopener noreferrer nofollow"},
         )
 
-    def markdown(self, order: Record) -> str:
+    def markdown(self, order: Record) -> str | None:
+        """Return what "text" looks like; None if it is nested deeper than the parser goes: the rest would be hidden."""
         tokens = self.parser.parse(order["text"])
+        if max((token.level for token in tokens), default=0) >= self.parser.options["maxNesting"] - 1:
+            return None
         for token in tokens:
             if style := token.attrs.pop("style", ""):  # of a cell; no style is let through
                 token.attrs["align"] = style.removeprefix("text-align:")
@@ -6442,7 +6489,9 @@ class Service:
 
     def belongs_to_id(self, word: str) -> bool:
         """Return whether the slash before *word*, the last of the path, was sent encoded, as one of an id is."""
-        return str(bottle.request.environ.get("REQUEST_URI", "")).partition("?")[0].lower().endswith(f"%2f{word}")
+        path = str(bottle.request.environ.get("REQUEST_URI", "")).partition("?")[0]
+        before, last = ["/", *re.split("(/|%2f)", path, flags=re.IGNORECASE)][-2:]
+        return before != "/" and urllib.parse.unquote(last) == word
 
     def post_render(self) -> Record:
         """Make HTML of {"texts": [{"text", "as": "markdown" | "code", "language"?, "path"?}]}: {"html": [text | null]}.
@@ -6453,11 +6502,11 @@ class Service:
         """
         return {"html": self.rendered(measured(self.body()["texts"]))}
 
-    def rendered(self, orders: Iterable[Record | None]) -> list[str | None]:
+    def rendered(self, orders: Sequence[Record | None]) -> list[str | None]:
         """Return what the renderer makes of each of *orders*, None where it makes nothing; see Renderer."""
         self.put_away()
         with self.gate.place(self.asker) as free:
-            return self.renderer.make_all(orders, time.monotonic() + RENDER_WAIT_S if free else 0)
+            return self.renderer.make_all(self.asker.name, orders, time.monotonic() + RENDER_WAIT_S if free else 0)
 
     def get_agents(self) -> Record:
         """Who executes: {"agents": {name: {kind, types, ..., lastSeen, present}}}; unseen for 15 s one is absent.

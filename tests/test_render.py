@@ -125,6 +125,7 @@ def test_an_id_that_ends_as_a_route_does_is_still_an_id(server):
         assert server.ask("GET", f"/document/a%2F{word}?x=1").json()["content"] == word
         assert word in server.ask("GET", f"/document/a/{word}").json()
         assert word in server.ask("GET", f"/document/a%2f{word}/{word}").json()
+        assert server.ask("GET", f"/document/a%2F%{ord(word[0]):x}{word[1:]}").json()["content"] == word
 
 
 # The page
@@ -332,6 +333,8 @@ def test_code_has_a_line_for_each_of_its_lines_and_each_closes_what_it_opens(ren
 def test_what_is_nested_ten_thousand_deep_or_one_endless_line_is_shown_or_left_as_it_is(render):
     hostile = [">" * 10_000 + "x", "- " * 10_000, "*" * 20_000, "![" * 9_000, "[" * 9_000 + "](" * 9_000]
     hostile += ["x" * kirosync.TEXT_BYTES, "a|" * 9_000 + "\n" + "-|" * 9_000 + "\n" + "x\n" * 99, "<" * 99_000]
+    for each in (">" * 101 + "hidden", "- " * 60 + "hidden", ">" * 30 + "hidden"):
+        assert "hidden" in (render({"text": each, "as": "markdown"})[0] or "hidden")
     for each in hostile:
         made = render({"text": each, "as": "markdown"})
         assert made[0] is None or made[0].startswith("<")
@@ -377,7 +380,7 @@ def test_the_process_that_renders_is_replaced_when_it_was_killed(render, service
     assert service.renderer.child.pid != first.pid
     with ThreadPoolExecutor() as pool:
         slow = pool.submit(render, SLOW, BOLD)
-        until(service.renderer.turn.locked)
+        until(lambda: service.renderer.turn.queue)
         time.sleep(0.3)
         service.renderer.child.kill()
         assert slow.result() == [None, SHOWN]
@@ -427,10 +430,44 @@ def time_used(pid):
 def test_many_who_ask_at_once_are_answered_soon_if_only_with_nothing(render, service, monkeypatch):
     assert render(BOLD) == [SHOWN]
     monkeypatch.setattr(kirosync, "RENDER_WAIT_S", 0.2)
-    with service.renderer.turn, ThreadPoolExecutor(16) as pool:
+    assert service.renderer.turn.acquire(0)
+    with ThreadPoolExecutor(16) as pool:
         assert [*pool.map(lambda _: render(BOLD, BOLD), range(16))] == [[None, None]] * 16
+    service.renderer.turn.release()
     monkeypatch.undo()
     assert render(BOLD) == [SHOWN]
+
+
+def test_who_sends_what_is_slow_again_and_again_keeps_others_waiting_for_one_of_them(service):
+    renderer, order = service.renderer, [BOLD]
+    hostile = [{**SLOW, "text": "(" * (60_000 + n)} for n in range(12)]
+    until_ = time.monotonic() + kirosync.RENDER_WAIT_S
+    with ThreadPoolExecutor() as pool:
+        for n in range(4):
+            pool.submit(renderer.make_all, "hostile", hostile[n::4], until_)
+        until(lambda: renderer.child and renderer.turn.queue)
+        assert pool.submit(renderer.make_all, "other", order, until_).result() == [SHOWN]
+        assert len(renderer.slow) <= 1  # and not those of four lists
+        renderer.abandon()
+
+
+def test_who_waits_for_a_turn_gets_it_in_the_order_of_coming_or_not_at_all():
+    turn, order = kirosync.Turn(), []
+
+    def take(name, seconds):
+        if turn.acquire(time.monotonic() + seconds):
+            order.append(name)
+            turn.release()
+
+    assert turn.acquire(0)
+    with ThreadPoolExecutor() as pool:
+        for place, (name, seconds) in enumerate([("a", 30), ("b", 0.01), ("c", 30)], 2):
+            pool.submit(take, name, seconds)
+            until(lambda place=place, name=name: len(turn.queue) >= place or name == "b")
+        until(lambda: len(turn.queue) == 3)
+        turn.release()
+    assert order == ["a", "c"]
+    assert not turn.queue
 
 
 @pytest.mark.parametrize(
