@@ -2173,7 +2173,8 @@ def answer(desk: Desk) -> int:
     waiting = {each["id"]: each for each in desk.get("/api/kiro/status")["pendingInputs"]}
     if not said.id:
         for identity, question in waiting.items():
-            screen.give(question, f"{identity}  {question_of(question)}")
+            asked = f"{plain(identity)}  {question_of(question)}"
+            screen.give(question, asked.replace("\n", "\n    "))  # or a prompt could look like one more question
         return 0
     question = waiting.get(said.id, {"type": "text"})
     value = said.value
@@ -2598,7 +2599,8 @@ def next_words(before: list[str], begun: str) -> Iterable[str]:
     if not offered or not service:
         return ()
     service.patience = ASKED_S
-    return offered(Desk(Line(service, Screen(quiet=True)), Screen(quiet=True), said))
+    words = offered(Desk(Line(service, Screen(quiet=True)), Screen(quiet=True), said))
+    return [word for word in words if not word.startswith("-")]  # an id that would be read as an option
 
 
 def is_value(words: list[str], place: int) -> bool:

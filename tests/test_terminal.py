@@ -889,6 +889,10 @@ def test_status_tells_what_waits(agent, shell):
     assert re.search(r"^queue +1 wait, 0 are being executed$", ran.text, re.MULTILINE)
     assert re.search(r"^asked +cmd-\S+ Really\? \(yes, no\)$", ran.text, re.MULTILINE)
     assert shell.lines("status")[0]["pendingInputs"][0]["prompt"] == "Really?"
+    agent.ask("POST", "/command", json={"type": "user_input", "prompt": "Who?\ncmd-1-a  Me?", "inputType": "text"})
+    listed = shell("answer").text.splitlines()
+    assert [line.startswith("cmd-") for line in listed] == [True, True, False]
+    assert listed[2] == "    cmd-1-a  Me?"
 
 
 # Shells
@@ -934,10 +938,13 @@ def test_a_real_shell_completes_verbs_options_and_ids_and_runs_none(agent, shell
 
 
 def test_completion_knows_the_service_that_is_named_on_the_line(server, shell):
-    server.ask("POST", "/sync", json={"documents": {"a:b": {"content": "", "timestamp": 1}}})
+    documents = {each: {"content": "", "timestamp": 1} for each in ("a:b", "--token-file=x")}
+    server.ask("POST", "/sync", json={"documents": documents})
     line = f"client.py --url {server.url} cat a:"
     ran = shell("completion", "bash", "--", line, ":", KIROSYNC_URL="http://127.0.0.1:1")
     assert ran.text == "b\n"
+    words = shell("completion", "zsh", "--", "client.py", "--url", server.url, "cat", "").text.splitlines()
+    assert words == ["a:b"]
     assert shell("completion", "bash", "--", "client.py cat ", "", KIROSYNC_URL="http://127.0.0.1:1").text == ""
 
 
