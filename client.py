@@ -2386,21 +2386,28 @@ def config_folder() -> Path:
 
 
 def token_in(path: Path) -> str:
+    """Return the token in a file, or what is piped there; raise Misused if everybody can use it, or there is none."""
     try:
-        return path.read_text().strip()
+        with path.open() as file:
+            status = os.fstat(file.fileno())
+            if stat.S_ISREG(status.st_mode):
+                check_private(path, status.st_mode, 0o007)  # a group may share one, as that of an installed agent
+            return file.read().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise Misused(f"the token in {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def check_private(path: Path, mode: int, others: int) -> None:
+    """Raise Misused if a file of that *mode* can be used by those *others*."""
+    if os.name == "posix" and mode & others:
+        raise Misused(f"{path} is for you alone, and others can use it (mode {mode & 0o777:04o}): chmod 600 {path}")
 
 
 def settings_in(path: Path) -> dict[str, str]:
     """Return the settings in a file, none if there is none; raise Misused if others can read it, or it is wrong."""
     try:
         with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if os.name == "posix" and mode & 0o077:
-                raise Misused(
-                    f"{path} is for you alone, and others can use it (mode {mode & 0o777:04o}): chmod 600 {path}"
-                )
+            check_private(path, os.fstat(file.fileno()).st_mode, 0o077)
             known = tomllib.load(file)
     except FileNotFoundError:
         return {}

@@ -811,8 +811,11 @@ def test_the_settings_are_a_file_for_oneself_alone(server, shell):
     assert (ran.returncode, f"is for {client.DEFAULT_URL} alone" in ran.said) == (2, True)
     (path.parent / "mine").write_text(f"{TOKEN}\n")
     path.write_text(f'url = "{server.url}/"\ntoken-file = "mine"\n')
-    assert shell("ls").returncode == 0
-    assert shell("--token-file", path.parent / "mine", "ls").returncode == 0
+    for mode, code in ((0o644, 2), (0o640, 0), (0o600, 0)):
+        (path.parent / "mine").chmod(mode)
+        for ran in (shell("ls"), shell("--token-file", path.parent / "mine", "ls", "--url", server.url)):
+            assert (ran.returncode, f"chmod 600 {path.parent}/mine" in ran.said) == (code, code == 2), ran.said
+    assert shell("--token-file", "/dev/stdin", "ls", stdin=TOKEN).returncode == 0
     for text, said in (("colour = 1", "possible are url, token, token-file"), ("url = x", "line 1")):
         path.write_text(text)
         ran = shell("ls")
@@ -823,6 +826,7 @@ def test_after_install_sh_run_nothing_needs_to_be_set(shell, tmp_path):
     (tmp_path / "copied/state").mkdir(parents=True)
     shutil.copy(ROOT / "client.py", tmp_path / "copied")
     (tmp_path / "copied/state/token").write_text("secret-of-state\n")
+    (tmp_path / "copied/state/token").chmod(0o600)
     bare = {key: value for key, value in shell.env.items() if not key.startswith("KIROSYNC_")}
     for more, found in (([], True), (["--url", "http://127.0.0.1:1"], False)):
         command = [sys.executable, str(tmp_path / "copied/client.py"), "doctor", *more]
