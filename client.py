@@ -755,6 +755,7 @@ class Service:
         }
         self.pool = urllib3.PoolManager(maxsize=16, retries=False)
         self.patience: float = CONNECT_S
+        self.answered = False  # by anybody, yet
 
     def request(self, method: str, path: str, body: bytes | None = None, held: float = 0, **headers: str) -> Any:
         """Return the answer, whatever its status, but for what may be otherwise later: then raise Unreachable.
@@ -771,6 +772,7 @@ class Service:
         wanted: Any = {"headers": {**self.headers, **headers}, "timeout": held + self.patience, "preload_content": read}
         with self.reached():
             answer: Any = self.pool.request(method, self.url + path, body=body, **wanted)
+            self.answered = True
             said = told(answer.data) if answer.status in (401, 429) or answer.status >= 500 else {}
         if answer.status == 401:
             ended = f": {why}" if "expired" in (why := str(said.get("message"))) else "; is it that service's?"
@@ -803,16 +805,24 @@ class Service:
             raise Refused(answer.status, told(answer.data))
         self.check_permitted(answer)
         if answer.status != 200:
-            raise Unreachable(f"{self.url} answered {answer.status}; is there something between us?")
+            raise self.astray(answer)
         return told(answer.data)
 
     def call(self, method: str, path: str, body: Record | None = None, held: float = 0, **headers: str) -> Record:
         """Return the JSON that was answered; raise Refused for whatever was not done, or is not there."""
         answer = self.request(method, path, None if body is None else json.dumps(body).encode(), held, **headers)
+        self.check_done(answer)
+        return told(answer.data)
+
+    def check_done(self, answer: Any) -> None:
         self.check_permitted(answer)
+        if 300 <= answer.status < 400:
+            raise self.astray(answer)
         if not 200 <= answer.status < 300:
             raise Refused(answer.status, told(answer.data))
-        return told(answer.data)
+
+    def astray(self, answer: Any) -> Unreachable:
+        return Unreachable(f"{self.url} answered {answer.status}; is there something between us?")
 
     def check_permitted(self, answer: Any) -> None:
         if answer.status == 403:
@@ -1282,9 +1292,7 @@ class Session:
             nonlocal done
             path = at("command", self.identity, f"/output?stream={stream}&offset={done}&wait={wait:g}")
             answer = self.line.service.send("GET", path, None, wait, headers={}, read=False)
-            self.line.service.check_permitted(answer)
-            if answer.status != 200:
-                raise Refused(answer.status, told(answer.data))
+            self.line.service.check_done(answer)
             with self.line.service.reached():
                 for piece in answer.stream(1 << 16):
                     self.show(stream, piece)
@@ -1497,7 +1505,7 @@ def submit(desk: Desk) -> int:
     else:
         order = order_of(words, lambda path: Path(path).read_text())
     answer = desk.line.call("POST", "/command", order, Idempotency_Key=secrets.token_hex(16))
-    desk.screen.give(answer, answer["commandId"])
+    desk.screen.give(answer, plain(answer["commandId"]))
     return 0
 
 
@@ -2267,15 +2275,24 @@ REMEDIES = (  # what to do, by what is said of a service that is not reached
 )
 
 
+ODD = (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)  # what reading another shape raises
+
+
+def stranger(service: Service) -> str:
+    return f"{service.url} is no kirosync, or another version of it"
+
+
 def doctor(desk: Desk) -> int:
     """Look at what stands between here and the service, and say what to do about it."""
     findings = []
     for check in (check_settings, check_service):
         try:
             findings += [*check(desk.said.patient)]
-        except (Unreachable, Refused, ValueError, KeyError) as problem:
+        except (Unreachable, Refused, ValueError) as problem:
             remedy = next(remedy for sign, remedy in REMEDIES if re.search(sign, str(problem)))
             findings.append(Finding("bad", f"it cannot be asked: {problem}", remedy))
+        except ODD:
+            findings.append(Finding("bad", stranger(desk.said.patient.service), "name another with --url"))
     for finding in findings:
         level = f"{finding.level:4}"
         shown = painted(level, COLORS[finding.level]) if colored(1) else level
@@ -2645,6 +2662,11 @@ def perform(said: argparse.Namespace) -> int:
     except (Misused, Unreachable, Refused, OSError, ValueError) as problem:
         screen.quiet = False
         screen.tell(str(problem))
+        return ended_by(problem)
+    except ODD as problem:
+        if not (said.patient.service and said.patient.service.answered) or os.environ.get("KIROSYNC_DEBUG"):
+            raise  # it is a defect here, or may be one
+        screen.tell(stranger(said.patient.service))
         return ended_by(problem)
 
 

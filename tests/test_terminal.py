@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import http.server
 import json
 import os
 import re
@@ -852,6 +853,60 @@ def test_who_cannot_be_reached_is_said_at_once(shell, url):
         assert ran.said.startswith(f"client.py: {url}: ")
         assert len(ran.said.splitlines()) == 1
     assert shell("ls", "--url", "ftp://x").returncode == 2
+
+
+class Other(http.server.BaseHTTPRequestHandler):
+    """A service that is no kirosync: whatever it is asked, it answers what its server was given."""
+
+    def do_GET(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        status, said = self.server.answer
+        body = said.replace("TOKEN", self.headers["Authorization"]).encode()
+        self.send_response(status)
+        self.send_header("Location", "/")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def other(shell):
+    """Where somebody types, and the server that they take for a kirosync; its answer is to be set."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    shell.env["KIROSYNC_URL"] = f"http://127.0.0.1:{server.server_port}"
+    yield shell, server
+    server.shutdown()
+    server.server_close()
+
+
+ODD = [
+    *(["submit", "read_file", "path=x"], ["ls"], ["ls", "documents"], ["cat", "x"], ["chat", "x"], ["status"]),
+    *(["answer"], ["wait", "x"], ["cancel", "x"], ["ask", "?"], ["run", "--", "true"]),
+]
+
+
+@pytest.mark.parametrize("words", ODD, ids=" ".join)
+def test_what_answers_and_is_no_kirosync_is_said_so(other, words):
+    shell, server = other
+    shapes = ("[]", '{"commands": 5, "documents": {"a": 1}, "commandId": 1, "messages": [1]}')
+    for server.answer in ((200, each) for each in shapes):
+        ran = shell(*words)
+        assert (ran.returncode, ran.text) == (1, ""), ran.said
+        assert ran.said == f"client.py: {shell.env['KIROSYNC_URL']} is no kirosync, or another version of it\n"
+    assert "Traceback" in shell(*words, KIROSYNC_DEBUG="1").said
+
+
+def test_what_stands_between_is_said(other):
+    shell, server = other
+    server.answer = 302, ""
+    ran = shell("ls")
+    assert (ran.returncode, "answered 302; is there something between us?" in ran.said) == (69, True)
 
 
 def token_of(state, scope):
