@@ -747,7 +747,7 @@ class Service:
     def __init__(self, url: str, token: str) -> None:
         if not token.isprintable() or not token.isascii():
             raise ValueError("the token has characters that no header can carry")  # whoever sends it would show it
-        self.url = url.rstrip("/")
+        self.url, self.token = url.rstrip("/"), token
         self.headers = {
             "Authorization": f"Bearer {token}",
             "Content-Type": "application/json",
@@ -773,7 +773,7 @@ class Service:
         with self.reached():
             answer: Any = self.pool.request(method, self.url + path, body=body, **wanted)
             self.answered = True
-            said = told(answer.data) if answer.status in (401, 429) or answer.status >= 500 else {}
+            said = self.why(answer) if answer.status in (401, 429) or answer.status >= 500 else {}
         if answer.status == 401:
             ended = f": {why}" if "expired" in (why := str(said.get("message"))) else "; is it that service's?"
             raise Unwelcome(f"{self.url} does not take the token{ended}")
@@ -802,7 +802,7 @@ class Service:
         if answer.status in (404, 409):
             return None
         if is_final(answer):
-            raise Refused(answer.status, told(answer.data))
+            raise Refused(answer.status, self.why(answer))
         self.check_permitted(answer)
         if answer.status != 200:
             raise self.astray(answer)
@@ -819,14 +819,18 @@ class Service:
         if 300 <= answer.status < 400:
             raise self.astray(answer)
         if not 200 <= answer.status < 300:
-            raise Refused(answer.status, told(answer.data))
+            raise Refused(answer.status, self.why(answer))
+
+    def why(self, answer: Any) -> Record:
+        """Return what is said of what was not done, without our token, which an echo of the request would show."""
+        return told(answer.data, self.token)
 
     def astray(self, answer: Any) -> Unreachable:
         return Unreachable(f"{self.url} answered {answer.status}; is there something between us?")
 
     def check_permitted(self, answer: Any) -> None:
         if answer.status == 403:
-            raise Unwelcome(f"{self.url}: {told(answer.data).get('error')}")
+            raise Unwelcome(f"{self.url}: {self.why(answer).get('error')}")
 
     def sync(self, query: dict[str, str], push: Record | None = None, wait: float = 0) -> Record:
         """Return what GET /sync says to a *query*, after up to *wait* (s), or POST /sync if there is a *push*.
@@ -865,13 +869,28 @@ def is_answer(said: Any) -> bool:
     )
 
 
-def told(body: bytes) -> Record:
-    """Return the JSON object in *body*, or what it says else as an error."""
+def told(body: bytes, secret: str = "") -> Record:
+    """Return the JSON object in *body*, or what it says else as an error; with *** for a *secret*.
+
+    >>> told(b'{"error": ["I got abc"]}', "abc"), told(b"<p>" + 199 * b"x" + b"abc", "abc")["error"][-2:]
+    ({'error': ['I got ***']}, 'xx')
+    """
     try:
         said = json.loads(body)
     except ValueError:
         said = None
-    return said if isinstance(said, dict) else {"error": body[:200].decode("utf-8", "replace")}
+    if not isinstance(said, dict):
+        return {"error": veiled(body.decode("utf-8", "replace"), secret)[:200]}
+    return cast(Record, veiled(said, secret)) if secret else said
+
+
+def veiled(said: Any, secret: str) -> Any:
+    """Return what was *said* with *** for a *secret*, wherever it stands in it."""
+    if isinstance(said, str) and secret:
+        return said.replace(secret, "***")
+    if isinstance(said, dict):
+        return {veiled(key, secret): veiled(value, secret) for key, value in said.items()}
+    return [veiled(each, secret) for each in said] if isinstance(said, list) else said
 
 
 # ---------------------------------------------------------------------------------------- Copy

@@ -904,9 +904,23 @@ def test_what_answers_and_is_no_kirosync_is_said_so(other, words):
 
 def test_what_stands_between_is_said(other):
     shell, server = other
+    server.answer = 200, json.dumps({"commandId": EVIL})
+    assert shell("submit", "read_file", "path=x").text == f"{client.plain(EVIL)}\n"
     server.answer = 302, ""
     ran = shell("ls")
     assert (ran.returncode, "answered 302; is there something between us?" in ran.said) == (69, True)
+
+
+@pytest.mark.parametrize(("status", "code"), [(400, 1), (403, 77), (404, 1), (418, 1)])
+def test_an_error_that_echoes_the_request_does_not_show_the_token(other, status, code):
+    shell, server = other
+    for said in ('{"error": "I got TOKEN"}', "I got TOKEN", f"{'x' * 180}TOKEN"):
+        server.answer = status, said
+        for words in (["ls"], ["logs", "x"], ["chat", "x", "--say", "y"], ["doctor"]):
+            ran = shell(*words)
+            assert ran.returncode == (1 if words == ["doctor"] else code), ran.said
+            assert TOKEN[:6] not in ran.text + ran.said
+            assert "Bearer ***" in ran.text + ran.said
 
 
 def token_of(state, scope):
