@@ -650,15 +650,22 @@ def covered(path: str, roots: Iterable[str]) -> bool:
     (True, False, True, False)
     >>> covered("a/.git/config", ["a/.git"]), covered("a.conflict-20260101-000000", [""])
     (False, False)
+    >>> covered("a/.\u017fvn/config", ["a/.\u017fvn"])  # which some file systems take for .svn
+    False
     """
     parts = path.split("/")
-    if CONFLICT.search(parts[-1]) or any(part.lower() in KEPT_OUT for part in parts):
+    if CONFLICT.search(parts[-1]) or any(part.casefold() in KEPT_OUT for part in parts):
         return False
     for root in roots:
         outer = root.split("/") if root else []
-        if parts[: len(outer)] == outer and not any(part.startswith(".") for part in parts[len(outer) :]):
+        if parts[: len(outer)] == outer and not any(map(is_hidden, parts[len(outer) :])):
             return True
     return False
+
+
+def is_hidden(part: str) -> bool:
+    """Return whether *part* of a path is hidden; where it leads out of a folder it is not, but wrong."""
+    return part.startswith(".") and part not in (".", "..")
 
 
 def check_place(path: str) -> str:
@@ -670,12 +677,18 @@ def check_place(path: str) -> str:
     Traceback (most recent call last):
         ...
     ValueError: 'a/../../b' leads out of the folder
+    >>> check_place("a/-rf")
+    Traceback (most recent call last):
+        ...
+    ValueError: 'a/-rf' would be read as an option by whoever is given its name
     """
     parts = path.split("/")
     if any(part in ("", ".", "..") for part in parts):
         raise ValueError(f"{path!r} leads out of the folder" if path else "it has no name")
     if not path.isprintable() or (os.sep != "/" and re.search(r'[\\:*?"<>|]', path)):
         raise ValueError(f"{path!r} cannot be the name of a file")
+    if any(part.startswith("-") for part in parts):
+        raise ValueError(f"{path!r} would be read as an option by whoever is given its name")
     return path
 
 
@@ -1887,11 +1900,9 @@ class Sync:
         """Return what is to be done."""
         files, there = self.look(), dict[str, tuple[str, Side]]()
         for identity, (sha, timestamp, path) in self.memory.there.items():
-            if path.startswith(self.prefix):
+            if path.startswith(self.prefix) and covered(place := path.removeprefix(self.prefix), self.roots):
                 with self.leaving(path, wrong=False):
-                    place = check_place(path.removeprefix(self.prefix))
-                    if covered(place, self.roots):
-                        there[place] = identity, Side(sha, timestamp)
+                    there[check_place(place)] = identity, Side(sha, timestamp)
         known = {identity.removeprefix(self.prefix) for identity in self.memory.base if self.is_path(identity)}
         wanted = sorted({each for each in {*files, *there, *known} if covered(each, self.roots)} - self.left)
         sides = ((path, *there.get(path, (document_id(self.prefix + path), None))) for path in wanted)

@@ -699,6 +699,7 @@ def test_other_fields_of_a_document_are_kept(server, here):
 
 
 HOSTILE = ["../out", "/abs", "a/../../out", "a//b", "./x", "..", "link/out", "sub/link/out", "file", "a\u202eb", "x/"]
+HOSTILE += ["-rf", "a/--checkpoint-action=x"]
 HIDDEN = [".bashrc", ".git/config", "a/.ssh/authorized_keys", ".GIT/config", "node_modules/x.js"]
 
 
@@ -717,6 +718,8 @@ def test_no_document_leaves_the_folder_or_comes_where_it_is_not_looked_for(serve
     before = {
         path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_relative_to(tmp_path / "outside")
     }
+    (here.path / "mine").mkdir()
+    assert here.shell("sync", "mine", cwd=here.path).said == ""  # nothing of what is elsewhere
     ran = here.shell("sync", ".", cwd=here.path)
     assert {path: path.lstat().st_mtime_ns for path in before} == before
     assert [*(tmp_path / "outside").iterdir()] == [tmp_path / "outside/file"]
