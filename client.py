@@ -650,15 +650,22 @@ def covered(path: str, roots: Iterable[str]) -> bool:
     (True, False, True, False)
     >>> covered("a/.git/config", ["a/.git"]), covered("a.conflict-20260101-000000", [""])
     (False, False)
+    >>> covered("a/.\u017fvn/config", ["a/.\u017fvn"])  # which some file systems take for .svn
+    False
     """
     parts = path.split("/")
-    if CONFLICT.search(parts[-1]) or any(part.lower() in KEPT_OUT for part in parts):
+    if CONFLICT.search(parts[-1]) or any(part.casefold() in KEPT_OUT for part in parts):
         return False
     for root in roots:
         outer = root.split("/") if root else []
-        if parts[: len(outer)] == outer and not any(part.startswith(".") for part in parts[len(outer) :]):
+        if parts[: len(outer)] == outer and not any(map(is_hidden, parts[len(outer) :])):
             return True
     return False
+
+
+def is_hidden(part: str) -> bool:
+    """Return whether *part* of a path is hidden; where it leads out of a folder it is not, but wrong."""
+    return part.startswith(".") and part not in (".", "..")
 
 
 def check_place(path: str) -> str:
@@ -670,12 +677,18 @@ def check_place(path: str) -> str:
     Traceback (most recent call last):
         ...
     ValueError: 'a/../../b' leads out of the folder
+    >>> check_place("a/-rf")
+    Traceback (most recent call last):
+        ...
+    ValueError: 'a/-rf' would be read as an option by whoever is given its name
     """
     parts = path.split("/")
     if any(part in ("", ".", "..") for part in parts):
         raise ValueError(f"{path!r} leads out of the folder" if path else "it has no name")
     if not path.isprintable() or (os.sep != "/" and re.search(r'[\\:*?"<>|]', path)):
         raise ValueError(f"{path!r} cannot be the name of a file")
+    if any(part.startswith("-") for part in parts):
+        raise ValueError(f"{path!r} would be read as an option by whoever is given its name")
     return path
 
 
@@ -747,7 +760,7 @@ class Service:
     def __init__(self, url: str, token: str) -> None:
         if not token.isprintable() or not token.isascii():
             raise ValueError("the token has characters that no header can carry")  # whoever sends it would show it
-        self.url = url.rstrip("/")
+        self.url, self.token = url.rstrip("/"), token
         self.headers = {
             "Authorization": f"Bearer {token}",
             "Content-Type": "application/json",
@@ -755,6 +768,7 @@ class Service:
         }
         self.pool = urllib3.PoolManager(maxsize=16, retries=False)
         self.patience: float = CONNECT_S
+        self.answered = False  # by anybody, yet
 
     def request(self, method: str, path: str, body: bytes | None = None, held: float = 0, **headers: str) -> Any:
         """Return the answer, whatever its status, but for what may be otherwise later: then raise Unreachable.
@@ -771,7 +785,8 @@ class Service:
         wanted: Any = {"headers": {**self.headers, **headers}, "timeout": held + self.patience, "preload_content": read}
         with self.reached():
             answer: Any = self.pool.request(method, self.url + path, body=body, **wanted)
-            said = told(answer.data) if answer.status in (401, 429) or answer.status >= 500 else {}
+            self.answered = True
+            said = self.why(answer) if answer.status in (401, 429) or answer.status >= 500 else {}
         if answer.status == 401:
             ended = f": {why}" if "expired" in (why := str(said.get("message"))) else "; is it that service's?"
             raise Unwelcome(f"{self.url} does not take the token{ended}")
@@ -800,23 +815,35 @@ class Service:
         if answer.status in (404, 409):
             return None
         if is_final(answer):
-            raise Refused(answer.status, told(answer.data))
+            raise Refused(answer.status, self.why(answer))
         self.check_permitted(answer)
         if answer.status != 200:
-            raise Unreachable(f"{self.url} answered {answer.status}; is there something between us?")
+            raise self.astray(answer)
         return told(answer.data)
 
     def call(self, method: str, path: str, body: Record | None = None, held: float = 0, **headers: str) -> Record:
         """Return the JSON that was answered; raise Refused for whatever was not done, or is not there."""
         answer = self.request(method, path, None if body is None else json.dumps(body).encode(), held, **headers)
-        self.check_permitted(answer)
-        if not 200 <= answer.status < 300:
-            raise Refused(answer.status, told(answer.data))
+        self.check_done(answer)
         return told(answer.data)
+
+    def check_done(self, answer: Any) -> None:
+        self.check_permitted(answer)
+        if 300 <= answer.status < 400:
+            raise self.astray(answer)
+        if not 200 <= answer.status < 300:
+            raise Refused(answer.status, self.why(answer))
+
+    def why(self, answer: Any) -> Record:
+        """Return what is said of what was not done, without our token, which an echo of the request would show."""
+        return told(answer.data, self.token)
+
+    def astray(self, answer: Any) -> Unreachable:
+        return Unreachable(f"{self.url} answered {answer.status}; is there something between us?")
 
     def check_permitted(self, answer: Any) -> None:
         if answer.status == 403:
-            raise Unwelcome(f"{self.url}: {told(answer.data).get('error')}")
+            raise Unwelcome(f"{self.url}: {self.why(answer).get('error')}")
 
     def sync(self, query: dict[str, str], push: Record | None = None, wait: float = 0) -> Record:
         """Return what GET /sync says to a *query*, after up to *wait* (s), or POST /sync if there is a *push*.
@@ -855,13 +882,28 @@ def is_answer(said: Any) -> bool:
     )
 
 
-def told(body: bytes) -> Record:
-    """Return the JSON object in *body*, or what it says else as an error."""
+def told(body: bytes, secret: str = "") -> Record:
+    """Return the JSON object in *body*, or what it says else as an error; with *** for a *secret*.
+
+    >>> told(b'{"error": ["I got abc"]}', "abc"), told(b"<p>" + 199 * b"x" + b"abc", "abc")["error"][-2:]
+    ({'error': ['I got ***']}, 'xx')
+    """
     try:
         said = json.loads(body)
     except ValueError:
         said = None
-    return said if isinstance(said, dict) else {"error": body[:200].decode("utf-8", "replace")}
+    if not isinstance(said, dict):
+        return {"error": veiled(body.decode("utf-8", "replace"), secret)[:200]}
+    return cast(Record, veiled(said, secret)) if secret else said
+
+
+def veiled(said: Any, secret: str) -> Any:
+    """Return what was *said* with *** for a *secret*, wherever it stands in it."""
+    if isinstance(said, str) and secret:
+        return said.replace(secret, "***")
+    if isinstance(said, dict):
+        return {veiled(key, secret): veiled(value, secret) for key, value in said.items()}
+    return [veiled(each, secret) for each in said] if isinstance(said, list) else said
 
 
 # ---------------------------------------------------------------------------------------- Copy
@@ -1282,9 +1324,7 @@ class Session:
             nonlocal done
             path = at("command", self.identity, f"/output?stream={stream}&offset={done}&wait={wait:g}")
             answer = self.line.service.send("GET", path, None, wait, headers={}, read=False)
-            self.line.service.check_permitted(answer)
-            if answer.status != 200:
-                raise Refused(answer.status, told(answer.data))
+            self.line.service.check_done(answer)
             with self.line.service.reached():
                 for piece in answer.stream(1 << 16):
                     self.show(stream, piece)
@@ -1497,7 +1537,7 @@ def submit(desk: Desk) -> int:
     else:
         order = order_of(words, lambda path: Path(path).read_text())
     answer = desk.line.call("POST", "/command", order, Idempotency_Key=secrets.token_hex(16))
-    desk.screen.give(answer, answer["commandId"])
+    desk.screen.give(answer, plain(answer["commandId"]))
     return 0
 
 
@@ -1860,11 +1900,9 @@ class Sync:
         """Return what is to be done."""
         files, there = self.look(), dict[str, tuple[str, Side]]()
         for identity, (sha, timestamp, path) in self.memory.there.items():
-            if path.startswith(self.prefix):
+            if path.startswith(self.prefix) and covered(place := path.removeprefix(self.prefix), self.roots):
                 with self.leaving(path, wrong=False):
-                    place = check_place(path.removeprefix(self.prefix))
-                    if covered(place, self.roots):
-                        there[place] = identity, Side(sha, timestamp)
+                    there[check_place(place)] = identity, Side(sha, timestamp)
         known = {identity.removeprefix(self.prefix) for identity in self.memory.base if self.is_path(identity)}
         wanted = sorted({each for each in {*files, *there, *known} if covered(each, self.roots)} - self.left)
         sides = ((path, *there.get(path, (document_id(self.prefix + path), None))) for path in wanted)
@@ -2173,7 +2211,8 @@ def answer(desk: Desk) -> int:
     waiting = {each["id"]: each for each in desk.get("/api/kiro/status")["pendingInputs"]}
     if not said.id:
         for identity, question in waiting.items():
-            screen.give(question, f"{identity}  {question_of(question)}")
+            asked = f"{plain(identity)}  {question_of(question)}"
+            screen.give(question, asked.replace("\n", "\n    "))  # or a prompt could look like one more question
         return 0
     question = waiting.get(said.id, {"type": "text"})
     value = said.value
@@ -2266,15 +2305,24 @@ REMEDIES = (  # what to do, by what is said of a service that is not reached
 )
 
 
+ODD = (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)  # what reading another shape raises
+
+
+def stranger(service: Service) -> str:
+    return f"{service.url} is no kirosync, or another version of it"
+
+
 def doctor(desk: Desk) -> int:
     """Look at what stands between here and the service, and say what to do about it."""
     findings = []
     for check in (check_settings, check_service):
         try:
             findings += [*check(desk.said.patient)]
-        except (Unreachable, Refused, ValueError, KeyError) as problem:
+        except (Unreachable, Refused, ValueError) as problem:
             remedy = next(remedy for sign, remedy in REMEDIES if re.search(sign, str(problem)))
             findings.append(Finding("bad", f"it cannot be asked: {problem}", remedy))
+        except ODD:
+            findings.append(Finding("bad", stranger(desk.said.patient.service), "name another with --url"))
     for finding in findings:
         level = f"{finding.level:4}"
         shown = painted(level, COLORS[finding.level]) if colored(1) else level
@@ -2385,21 +2433,28 @@ def config_folder() -> Path:
 
 
 def token_in(path: Path) -> str:
+    """Return the token in a file, or what is piped there; raise Misused if everybody can use it, or there is none."""
     try:
-        return path.read_text().strip()
+        with path.open() as file:
+            status = os.fstat(file.fileno())
+            if stat.S_ISREG(status.st_mode):
+                check_private(path, status.st_mode, 0o007)  # a group may share one, as that of an installed agent
+            return file.read().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise Misused(f"the token in {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def check_private(path: Path, mode: int, others: int) -> None:
+    """Raise Misused if a file of that *mode* can be used by those *others*."""
+    if os.name == "posix" and mode & others:
+        raise Misused(f"{path} is for you alone, and others can use it (mode {mode & 0o777:04o}): chmod 600 {path}")
 
 
 def settings_in(path: Path) -> dict[str, str]:
     """Return the settings in a file, none if there is none; raise Misused if others can read it, or it is wrong."""
     try:
         with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if os.name == "posix" and mode & 0o077:
-                raise Misused(
-                    f"{path} is for you alone, and others can use it (mode {mode & 0o777:04o}): chmod 600 {path}"
-                )
+            check_private(path, os.fstat(file.fileno()).st_mode, 0o077)
             known = tomllib.load(file)
     except FileNotFoundError:
         return {}
@@ -2598,7 +2653,8 @@ def next_words(before: list[str], begun: str) -> Iterable[str]:
     if not offered or not service:
         return ()
     service.patience = ASKED_S
-    return offered(Desk(Line(service, Screen(quiet=True)), Screen(quiet=True), said))
+    words = offered(Desk(Line(service, Screen(quiet=True)), Screen(quiet=True), said))
+    return [word for word in words if not word.startswith("-")]  # an id that would be read as an option
 
 
 def is_value(words: list[str], place: int) -> bool:
@@ -2636,6 +2692,11 @@ def perform(said: argparse.Namespace) -> int:
     except (Misused, Unreachable, Refused, OSError, ValueError) as problem:
         screen.quiet = False
         screen.tell(str(problem))
+        return ended_by(problem)
+    except ODD as problem:
+        if not (said.patient.service and said.patient.service.answered) or os.environ.get("KIROSYNC_DEBUG"):
+            raise  # it is a defect here, or may be one
+        screen.tell(stranger(said.patient.service))
         return ended_by(problem)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import http.server
 import json
 import os
 import re
@@ -698,6 +699,7 @@ def test_other_fields_of_a_document_are_kept(server, here):
 
 
 HOSTILE = ["../out", "/abs", "a/../../out", "a//b", "./x", "..", "link/out", "sub/link/out", "file", "a\u202eb", "x/"]
+HOSTILE += ["-rf", "a/--checkpoint-action=x"]
 HIDDEN = [".bashrc", ".git/config", "a/.ssh/authorized_keys", ".GIT/config", "node_modules/x.js"]
 
 
@@ -716,6 +718,8 @@ def test_no_document_leaves_the_folder_or_comes_where_it_is_not_looked_for(serve
     before = {
         path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_relative_to(tmp_path / "outside")
     }
+    (here.path / "mine").mkdir()
+    assert here.shell("sync", "mine", cwd=here.path).said == ""  # nothing of what is elsewhere
     ran = here.shell("sync", ".", cwd=here.path)
     assert {path: path.lstat().st_mtime_ns for path in before} == before
     assert [*(tmp_path / "outside").iterdir()] == [tmp_path / "outside/file"]
@@ -811,8 +815,11 @@ def test_the_settings_are_a_file_for_oneself_alone(server, shell):
     assert (ran.returncode, f"is for {client.DEFAULT_URL} alone" in ran.said) == (2, True)
     (path.parent / "mine").write_text(f"{TOKEN}\n")
     path.write_text(f'url = "{server.url}/"\ntoken-file = "mine"\n')
-    assert shell("ls").returncode == 0
-    assert shell("--token-file", path.parent / "mine", "ls").returncode == 0
+    for mode, code in ((0o644, 2), (0o640, 0), (0o600, 0)):
+        (path.parent / "mine").chmod(mode)
+        for ran in (shell("ls"), shell("--token-file", path.parent / "mine", "ls", "--url", server.url)):
+            assert (ran.returncode, f"chmod 600 {path.parent}/mine" in ran.said) == (code, code == 2), ran.said
+    assert shell("--token-file", "/dev/stdin", "ls", stdin=TOKEN).returncode == 0
     for text, said in (("colour = 1", "possible are url, token, token-file"), ("url = x", "line 1")):
         path.write_text(text)
         ran = shell("ls")
@@ -823,6 +830,7 @@ def test_after_install_sh_run_nothing_needs_to_be_set(shell, tmp_path):
     (tmp_path / "copied/state").mkdir(parents=True)
     shutil.copy(ROOT / "client.py", tmp_path / "copied")
     (tmp_path / "copied/state/token").write_text("secret-of-state\n")
+    (tmp_path / "copied/state/token").chmod(0o600)
     bare = {key: value for key, value in shell.env.items() if not key.startswith("KIROSYNC_")}
     for more, found in (([], True), (["--url", "http://127.0.0.1:1"], False)):
         command = [sys.executable, str(tmp_path / "copied/client.py"), "doctor", *more]
@@ -848,6 +856,74 @@ def test_who_cannot_be_reached_is_said_at_once(shell, url):
         assert ran.said.startswith(f"client.py: {url}: ")
         assert len(ran.said.splitlines()) == 1
     assert shell("ls", "--url", "ftp://x").returncode == 2
+
+
+class Other(http.server.BaseHTTPRequestHandler):
+    """A service that is no kirosync: whatever it is asked, it answers what its server was given."""
+
+    def answer(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        status, said = self.server.answer
+        body = said.replace("TOKEN", self.headers["Authorization"]).encode()
+        self.send_response(status)
+        self.send_header("Location", "/")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST = answer
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def other(shell):
+    """Where somebody types, and the server that they take for a kirosync; its answer is to be set."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    shell.env["KIROSYNC_URL"] = f"http://127.0.0.1:{server.server_port}"
+    yield shell, server
+    server.shutdown()
+    server.server_close()
+
+
+ODD = [
+    *(["submit", "read_file", "path=x"], ["ls"], ["ls", "documents"], ["cat", "x"], ["chat", "x"], ["status"]),
+    *(["answer"], ["wait", "x"], ["cancel", "x"], ["ask", "?"], ["run", "--", "true"]),
+]
+
+
+@pytest.mark.parametrize("words", ODD, ids=" ".join)
+def test_what_answers_and_is_no_kirosync_is_said_so(other, words):
+    shell, server = other
+    shapes = ("[]", '{"commands": 5, "documents": {"a": 1}, "commandId": 1, "messages": [1]}')
+    for server.answer in ((200, each) for each in shapes):
+        ran = shell(*words)
+        assert (ran.returncode, ran.text) == (1, ""), ran.said
+        assert ran.said == f"client.py: {shell.env['KIROSYNC_URL']} is no kirosync, or another version of it\n"
+    assert "Traceback" in shell(*words, KIROSYNC_DEBUG="1").said
+
+
+def test_what_stands_between_is_said(other):
+    shell, server = other
+    server.answer = 200, json.dumps({"commandId": EVIL})
+    assert shell("submit", "read_file", "path=x").text == f"{client.plain(EVIL)}\n"
+    server.answer = 302, ""
+    ran = shell("ls")
+    assert (ran.returncode, "answered 302; is there something between us?" in ran.said) == (69, True)
+
+
+@pytest.mark.parametrize(("status", "code"), [(400, 1), (403, 77), (404, 1), (418, 1)])
+def test_an_error_that_echoes_the_request_does_not_show_the_token(other, status, code):
+    shell, server = other
+    for said in ('{"error": "I got TOKEN"}', "I got TOKEN", f"{'x' * 180}TOKEN"):
+        server.answer = status, said
+        for words in (["ls"], ["logs", "x"], ["chat", "x", "--say", "y"], ["doctor"]):
+            ran = shell(*words)
+            assert ran.returncode == (1 if words == ["doctor"] else code), ran.said
+            assert TOKEN[:6] not in ran.text + ran.said
+            assert "Bearer ***" in ran.text + ran.said
 
 
 def token_of(state, scope):
@@ -889,6 +965,10 @@ def test_status_tells_what_waits(agent, shell):
     assert re.search(r"^queue +1 wait, 0 are being executed$", ran.text, re.MULTILINE)
     assert re.search(r"^asked +cmd-\S+ Really\? \(yes, no\)$", ran.text, re.MULTILINE)
     assert shell.lines("status")[0]["pendingInputs"][0]["prompt"] == "Really?"
+    agent.ask("POST", "/command", json={"type": "user_input", "prompt": "Who?\ncmd-1-a  Me?", "inputType": "text"})
+    listed = shell("answer").text.splitlines()
+    assert [line.startswith("cmd-") for line in listed] == [True, True, False]
+    assert listed[2] == "    cmd-1-a  Me?"
 
 
 # Shells
@@ -934,10 +1014,13 @@ def test_a_real_shell_completes_verbs_options_and_ids_and_runs_none(agent, shell
 
 
 def test_completion_knows_the_service_that_is_named_on_the_line(server, shell):
-    server.ask("POST", "/sync", json={"documents": {"a:b": {"content": "", "timestamp": 1}}})
+    documents = {each: {"content": "", "timestamp": 1} for each in ("a:b", "--token-file=x")}
+    server.ask("POST", "/sync", json={"documents": documents})
     line = f"client.py --url {server.url} cat a:"
     ran = shell("completion", "bash", "--", line, ":", KIROSYNC_URL="http://127.0.0.1:1")
     assert ran.text == "b\n"
+    words = shell("completion", "zsh", "--", "client.py", "--url", server.url, "cat", "").text.splitlines()
+    assert words == ["a:b"]
     assert shell("completion", "bash", "--", "client.py cat ", "", KIROSYNC_URL="http://127.0.0.1:1").text == ""
 
 
