@@ -24,6 +24,23 @@ TOKEN = "test-token"
 ADMIN = kirosync.Token("admin", "admin")  # who may do everything
 
 
+VARIED = {"agent", "agent_with", "page", "ending"}  # an agent over each link, the page at each size, each signal
+LONGEST = ("test_terminal.py", "test_deploy.py")  # files, which are not to be the last that are begun
+
+
+def pytest_collection_modifyitems(items):
+    """With KIROSYNC_TEST_VARIANTS=one, keep one variant of each test: the first of one, the second of the next."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+    if os.environ.get("KIROSYNC_TEST_VARIANTS") != "one":
+        return
+    variants = {}
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        others = tuple(sorted((name, repr(value)) for name, value in params.items() if name not in VARIED))
+        variants.setdefault((item.path, getattr(item, "originalname", item.name), others), []).append(item)
+    items[:] = [each[turn % len(each)] for turn, each in enumerate(variants.values())]
+
+
 class Clock:
     """A moment (ms) that passes only when told to."""
 

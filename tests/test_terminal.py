@@ -243,13 +243,20 @@ class Cutting:
 
     def carry(self, caller):
         with contextlib.suppress(OSError), caller, socket.create_connection(self.there) as there:
-            while asked := caller.recv(1 << 20):
-                there.sendall(asked)
-                answer = there.recv(1 << 20)
-                if asked.startswith(b"POST /command ") and not self.cuts:
+            asked = []
+            threading.Thread(target=self.pass_on, args=(caller, there, asked), daemon=True).start()
+            while answer := there.recv(1 << 20):
+                if asked[-1] and not self.cuts:
                     self.cuts += 1
                     return
                 caller.sendall(answer)
+
+    @staticmethod
+    def pass_on(caller, there, asked):
+        with contextlib.suppress(OSError):
+            while piece := caller.recv(1 << 20):
+                asked.append(piece.startswith(b"POST /command ") or (b"HTTP/1.1" not in piece and asked[-1:] == [True]))
+                there.sendall(piece)
 
 
 def test_a_command_whose_answer_was_lost_is_not_run_twice(agent, tmp_path):
