@@ -26,19 +26,21 @@ ADMIN = kirosync.Token("admin", "admin")  # who may do everything
 
 VARIED = {"agent", "agent_with", "page", "ending"}  # an agent over each link, the page at each size, each signal
 LONGEST = ("test_terminal.py", "test_deploy.py")  # files, which are not to be the last that are begun
+HALVED = ("test_terminal.py", "test_care.py", "test_console.py", "test_console_commands.py")  # whose tests are long
 
 
 def pytest_collection_modifyitems(items):
-    """With KIROSYNC_TEST_VARIANTS=one, keep one variant of each test: the first of one, the second of the next."""
+    """With KIROSYNC_TEST_PART, a number, keep a part: of a test's variants one, and of long tests each second."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
-    if os.environ.get("KIROSYNC_TEST_VARIANTS") != "one":
+    if not (part := os.environ.get("KIROSYNC_TEST_PART")):
         return
     variants = {}
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         others = tuple(sorted((name, repr(value)) for name, value in params.items() if name not in VARIED))
         variants.setdefault((item.path, getattr(item, "originalname", item.name), others), []).append(item)
-    items[:] = [each[turn % len(each)] for turn, each in enumerate(variants.values())]
+    chosen = [(turn, each[(turn // 2 + int(part)) % len(each)]) for turn, each in enumerate(variants.values())]
+    items[:] = [item for turn, item in chosen if item.path.name not in HALVED or (turn + int(part)) % 2]
 
 
 class Clock:
