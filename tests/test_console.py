@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from conftest import ON_A_PHONE, ONCE, TOKEN, Server
+from conftest import ON_A_PHONE, ONCE, TOKEN, Server, until
 from playwright.sync_api import expect
 
 ROOT = Path(__file__).parent.parent
@@ -42,8 +42,12 @@ def test_a_message_that_is_written_here_reaches_the_service(page, server):
     page.get_by_role("textbox", name="Message").fill("from the phone")
     page.get_by_role("textbox", name="Message").press("Control+Enter")
     expect(page.get_by_role("log")).to_contain_text("from the phone")
-    kept = json.loads((server_state(server) / "conversations" / "c1.json").read_text())
-    assert [message["content"] for message in kept["messages"]] == ["hi there", "from the phone"]
+
+    def kept():
+        record = json.loads((server_state(server) / "conversations" / "c1.json").read_text())
+        return [message["content"] for message in record["messages"]]
+
+    until(lambda: kept() == ["hi there", "from the phone"])
 
 
 def server_state(server):
