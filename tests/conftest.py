@@ -40,7 +40,11 @@ def pytest_collection_modifyitems(items):
         others = tuple(sorted((name, repr(value)) for name, value in params.items() if name not in VARIED))
         variants.setdefault((item.path, getattr(item, "originalname", item.name), others), []).append(item)
     chosen = [(turn, each[(turn // 2 + int(part)) % len(each)]) for turn, each in enumerate(variants.values())]
-    items[:] = [item for turn, item in chosen if item.path.name not in HALVED or (turn + int(part)) % 2]
+    items[:] = [item for turn, item in chosen if not is_long(item) or (turn + int(part)) % 2]
+
+
+def is_long(item):
+    return item.path.name in HALVED or item.get_closest_marker("alone")
 
 
 class Clock:
